@@ -605,3 +605,364 @@ def test_warmup_and_cosine():
     """Linear to 1, then down to 0 at the end: factor(0) = 1/3 for 2 updates of warm-up, half of the peak at half time."""
     factor = M.warmup_cosine(2, 100)
     assert factor(0) == pytest.approx(1 / 3, rel=1e-3) and factor(50) == pytest.approx(0.5) and factor(100) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The shapes world
+
+
+def images_of(scenes):
+    """Scenes (lists of codes) as PIL images, by the codebook alone."""
+    tiles = R.tiles()[torch.tensor(scenes)].reshape(-1, 6, 6, 8, 8, 3).transpose(2, 3).reshape(-1, 48, 48, 3)
+    return [Image.fromarray(picture.numpy()) for picture in tiles]
+
+
+def scene(*objects):
+    """A scene from (shape, colour, row, column)."""
+    codes = [0] * 36
+    for shape, color, row, column in objects:
+        first = 1 + 4 * R.OBJECTS.index((shape, color))
+        for quarter in range(4):
+            codes[6 * (2 * row + quarter // 2) + 2 * column + quarter % 2] = first + quarter
+    return codes
+
+
+def test_the_world_is_large_enough_and_its_tiles_differ():
+    assert R.GRID ** 2 >= 36 and R.CODEBOOK_SIZE >= 40
+    assert len(R.tiles().unique(dim=0)) == R.CODEBOOK_SIZE == len(R.tiles())
+
+
+def test_held_out_captions_share_no_meaning_with_the_others():
+    """All six categories on both sides; "a star and a circle" never opposite "a circle and a star"."""
+    trained, heldout = R.captions(False), R.captions(True)
+    assert list(trained) == list(heldout) == list(R.CATEGORIES)
+    meaning = {caption: (category, what) for category, what, caption in R.all_captions()}
+    for category in R.CATEGORIES:
+        assert trained[category] and heldout[category]
+        assert not {meaning[c] for c in trained[category]} & {meaning[c] for c in heldout[category]}
+    assert sum(map(len, trained.values())) + sum(map(len, heldout.values())) == len(meaning) == len(list(R.all_captions()))
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
+    for side in (trained, heldout):
+        for caption in side["position"] + side["two"]:
+            word = next(w for w in opposite if f" {w} " in caption)
+            first, second = caption.split(f" {word} ")
+            assert f"{second} {opposite[word]} {first}" in side["position"] + side["two"]
+
+
+def test_every_drawing_is_right_and_right_for_its_own_caption_only():
+    rng = random.Random(0)
+    captions = [caption for *_, caption in R.all_captions()] * 3
+    images = images_of([R.draw_scene(caption, rng) for caption in captions])
+    assert R.shapes_reward(images, captions).eq(1).all()
+    assert R.shapes_reward(images, ["four stars"] * len(images)).sum() == captions.count("four stars")
+
+
+@pytest.mark.parametrize("caption, objects, right", [
+    ("a star", [("star", "red", 0, 0)], True),
+    ("a star", [("star", "red", 0, 0), ("star", "red", 2, 2)], False),                                  # one too many
+    ("a star", [], False),
+    ("a star", [("circle", "red", 0, 0)], False),
+    ("a star", [("star", "red", 0, 0), ("circle", "red", 1, 1)], False),                                # uncalled for
+    ("three stars", [("star", "red", 0, 0), ("star", "blue", 1, 1), ("star", "red", 2, 2)], True),      # any colours
+    ("three stars", [("star", "red", 0, 0), ("star", "blue", 1, 1)], False),
+    ("a red star", [("star", "blue", 0, 0)], False),
+    ("a circle and a star", [("star", "red", 0, 0), ("circle", "red", 0, 1)], True),
+    ("a circle and a star", [("circle", "red", 0, 0), ("circle", "red", 0, 1)], False),
+    ("a circle left of a star", [("circle", "red", 2, 0), ("star", "red", 0, 1)], True),                # rows are free
+    ("a circle left of a star", [("circle", "red", 0, 1), ("star", "red", 0, 1 - 1)], False),
+    ("a circle left of a star", [("circle", "red", 0, 1), ("star", "red", 2, 1)], False),               # same column
+    ("a circle right of a star", [("circle", "red", 0, 1), ("star", "red", 0, 0)], True),
+    ("a circle above a star", [("circle", "red", 0, 2), ("star", "red", 1, 0)], True),
+    ("a circle below a star", [("circle", "red", 0, 2), ("star", "red", 1, 0)], False),
+    ("a red circle and a blue star", [("star", "blue", 0, 0), ("circle", "red", 1, 1)], True),
+    ("a red circle and a blue star", [("star", "red", 0, 0), ("circle", "blue", 1, 1)], False),         # colours exchanged
+])
+def test_judge_on_right_and_subtly_wrong_pictures(caption, objects, right):
+    assert R.shapes_reward(images_of([scene(*objects)]), [caption]).item() == right
+
+
+def test_judge_sees_broken_objects_and_forgives_rounding():
+    """Two quarters exchanged, one quarter of another colour, one missing: each is wrong. A little noise is not."""
+    good = scene(("star", "red", 1, 1))
+    at = [14, 15, 20, 21]
+    assert [good[i] for i in at] == list(range(good[14], good[14] + 4))
+    swapped, recolored, missing, stray = (list(good) for _ in range(4))
+    swapped[14], swapped[15] = good[15], good[14]
+    recolored[21] = 1 + 4 * R.OBJECTS.index(("star", "blue")) + 3
+    missing[20] = 0
+    stray[0] = 1
+    pictures = images_of([good, swapped, recolored, missing, stray])
+    assert R.shapes_reward(pictures, ["a star"] * 5).tolist() == [1, 0, 0, 0, 0]
+    noisy = np.asarray(pictures[0]).astype(int) + np.random.default_rng(0).integers(-20, 21, (48, 48, 3))
+    assert R.shapes_reward([Image.fromarray(noisy.clip(0, 255).astype(np.uint8))], ["a star"]).item() == 1
+    with pytest.raises(ValueError, match="48 x 48"):
+        R.shapes_reward([Image.new("RGB", (64, 64))], ["a star"])
+    with pytest.raises(ValueError, match="no caption 'a dragon'"):
+        R.shapes_reward(pictures[:1], ["a dragon"])
+
+
+def test_pretraining_masks_by_the_cosine_law_and_empties_some_prompts(monkeypatch):
+    """The mean share of masked tokens is 2 / pi; with prompt_dropout 0.5 half of the prompts are empty."""
+    tiny, shares, texts = M.shapes_policy(M.Config(**TINY)), [], []
+    forward, encode = M.Policy.forward, M.Policy.encode
+    monkeypatch.setattr(M.Policy, "forward", lambda self, ids, x: shares.append((x == 49).float().mean()) or forward(self, ids, x))
+    monkeypatch.setattr(M.Policy, "encode", lambda self, prompts: texts.extend(prompts) or encode(self, prompts))
+    M.pretrain(tiny, M.Config(**{**TINY, "pretrain_steps": 60, "prompt_dropout": 0.5}))
+    assert torch.stack(shares).mean().item() == pytest.approx(2 / math.pi, abs=0.05)
+    assert texts.count("") / len(texts) == pytest.approx(0.5, abs=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The run
+
+
+def run(tmp_path, **settings):
+    """Train a tiny policy -> (closing numbers, checkpoint, rows of metrics.csv)."""
+    config = M.Config(**{**TINY, "out": str(tmp_path), **settings})
+    numbers = M.train(config)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return numbers, torch.load(tmp_path / "checkpoint.pt", weights_only=True), rows
+
+
+def red(images, prompts):
+    """A reward any policy can raise: the share of red pixels."""
+    return torch.tensor([float((np.asarray(i)[..., 0].astype(int) - np.asarray(i)[..., 2] > 100).mean()) for i in images])
+
+
+@pytest.fixture
+def red_reward(monkeypatch):
+    monkeypatch.setitem(R.REWARDS, "red", red)
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, capsys):
+    numbers, checkpoint, rows = run(tmp_path, eval_every=1)
+    assert [int(row["update"]) for row in rows] == [1, 2] and list(rows[0]) == list(M.COLUMNS)
+    assert [float(row["lr"]) for row in rows] == [M.Config.lr * M.warmup_cosine(1, 2)(i) for i in range(2)]
+    # 6 rows of 4 pairs of pictures of 96 pixels
+    assert Image.open(tmp_path / "comparison.png").size == (4 * (2 * 96 + 28) + 12, 6 * (96 + 48) + 30)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["update_00001.png", "update_00002.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.pt", "checkpoint.pt", "comparison.png", "metrics.csv", "samples"]
+    out = capsys.readouterr().out
+    block = dict(line.split(": ") for line in out.split("---\n")[1].splitlines())
+    assert list(block) == ["seed", "updates", "base", "trained", "heldout_base", "heldout_trained", "pretrain_seconds",
+                           "train_seconds", "peak_memory_mb"] and float(block["peak_memory_mb"]) > 50
+    lines = [line for line in out.splitlines() if line.startswith("update ")]
+    assert len(lines) == 2 and len(set(map(len, lines))) == 1 and "ratio 1.000→1.000" in lines[0]
+    assert all(category in out for category in R.CATEGORIES)
+
+
+def test_training_raises_the_reward(tmp_path, red_reward):
+    """The slow one: from random weights to more red, on captions it was not trained on."""
+    numbers, _, rows = run(tmp_path, reward="red", updates=15, prompts=4, lr=3e-3, eval_pictures=8)
+    assert numbers["heldout_trained"] > numbers["heldout_base"] + 0.1
+    assert float(rows[-1]["reward"]) > float(rows[0]["reward"]) + 0.1
+
+
+# every field of Config, and a value that must change the run's outcome if the field is not ignored
+OTHER = dict(seed=1, width=32, layers=2, pretrain_steps=3, pretrain_lr=1e-3, prompt_dropout=0.9, steps=3, eval_steps=3,
+             temperature=0.0, guidance=3.0, transition="p2", updates=3, prompts=3, group=3, inner_epochs=2,
+             length_normalize=True, clip_low=0.5, clip_high=0.0, beta=1.0, score_steps=1, filter_quantile=0.0,
+             filter_tries=0, lr=1e-3, warmup=3, weight_decay=0.9, max_grad_norm=0.01, eval_pictures=5, reward="red")
+# those that change no result, and the test that exercises each instead
+ELSEWHERE = dict(out="test_a_run_leaves_what_it_promises", eval_every="test_a_run_leaves_what_it_promises",
+                 resume="test_resuming_equals_never_having_stopped", device="test_bad_input_is_one_line",
+                 micro_batch="test_micro_batches_never_change_the_gradient")
+
+
+def fingerprint(folder, **settings):
+    """What a run comes to: final weights and evaluation."""
+    # clipping and the filter act in later epochs and later updates only: give them the occasion
+    lively = {"inner_epochs": 3, "lr": 3e-2} if set(settings) & {"clip_low", "clip_high"} else {}
+    if set(settings) & {"filter_quantile", "filter_tries"}:
+        lively = {"updates": 8, "prompts": 16, "group": 2}
+    if set(settings) == {"reference"}:
+        settings = {}
+    _, checkpoint, rows = run(folder, **{"reward": "red", **lively, **settings})
+    return [checkpoint["policy"][name] for name in sorted(checkpoint["policy"])] + [torch.tensor([float(rows[-1]["heldout"])])], lively
+
+
+def test_every_field_has_a_test():
+    assert {field.name for field in dataclasses.fields(M.Config)} == {*OTHER, *ELSEWHERE}
+    assert all(name in globals() for name in ELSEWHERE.values())
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """Fingerprints of runs at TINY settings, by the liveliness they need."""
+    made = {}
+
+    def get(lively):
+        key = tuple(sorted(lively.items()))
+        if key not in made:
+            R.REWARDS["red"] = red
+            made[key] = fingerprint(tmp_path_factory.mktemp("usual"), **(lively or {"reference": 1}))[0]
+            del R.REWARDS["red"]
+        return made[key]
+    return get
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_no_field_is_ignored(name, tmp_path, red_reward, usual):
+    value = OTHER[name] if name != "reward" else "shapes"
+    got, lively = fingerprint(tmp_path, **{name: value})
+    expected = usual(lively)
+    assert [x.shape for x in got] != [x.shape for x in expected] or any(not torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_the_same_run_twice_is_the_same_bit_by_bit(tmp_path, red_reward):
+    """What makes test_no_field_is_ignored mean something. The second time the base is reused."""
+    one, two = (fingerprint(tmp_path)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_the_base_is_reused_only_when_its_settings_match(tmp_path, capsys):
+    config = M.Config(**{**TINY, "out": str(tmp_path)})
+    M.load_base(M.shapes_policy(config), config)
+    capsys.readouterr()
+    M.load_base(M.shapes_policy(config), config)
+    assert "pretrained before" in capsys.readouterr().out
+    M.load_base(M.shapes_policy(config), dataclasses.replace(config, pretrain_steps=3))
+    assert "pretrained before" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Stopping and going on
+
+
+def interrupt_after(calls):
+    """The red reward, which presses Ctrl-C when it has judged this many batches."""
+    count = itertools.count(1)
+
+    def reward(images, prompts):
+        if next(count) == calls:
+            signal.raise_signal(signal.SIGINT)
+        return red(images, prompts)
+    return reward
+
+
+def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys, red_reward):
+    """4 updates, against 2, Ctrl-C, --resume, 2 more: weights, optimizer, filter and log agree bit by bit.
+
+    The interrupted run also leaves rows of updates after its checkpoint, as a killed one would: they are dropped.
+    """
+    settings = dict(reward="red", updates=4, filter_tries=0, beta=0.1)
+    _, whole, rows = run(tmp_path / "whole", **settings)
+    monkeypatch.setitem(R.REWARDS, "red", interrupt_after(3))                       # 1 evaluation, 2 updates
+    assert M.main(["--out", str(tmp_path / "cut")] + [x for k, v in {**TINY, **settings}.items() for x in (M.flag(k), str(v))]) == 130
+    assert "stopped after update 2; go on with: python mask_grpo.py --resume" in capsys.readouterr().out
+    with open(tmp_path / "cut" / "metrics.csv", "a") as file:
+        file.write("3,0.5\r\n")
+    monkeypatch.setitem(R.REWARDS, "red", red)
+    assert M.main(["--resume", "--out", str(tmp_path / "cut")]) == 0
+    resumed = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    for name, tensor in whole["policy"].items():
+        assert torch.equal(tensor, resumed["policy"][name]), name
+    for key, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, resumed["optimizer"]["state"][key][name]) for name, value in state.items())
+    assert whole["filter"] == resumed["filter"] and torch.equal(whole["generator"], resumed["generator"])
+    timeless = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert timeless(whole["rows"]) == timeless(resumed["rows"])
+    with open(tmp_path / "cut" / "metrics.csv", newline="") as file:
+        assert timeless(csv.DictReader(file)) == timeless(rows)
+
+
+def test_a_flag_beside_resume_overrides_the_saved_setting(tmp_path):
+    run(tmp_path)
+    config = M.parse(["--resume", "--out", str(tmp_path), "--updates", "7"])
+    assert config.updates == 7 and config.group == TINY["group"] and config.resume
+
+
+def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    M.write_checkpoint(path, {"update": 1})
+
+    def killed(state, target):
+        pathlib.Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        M.write_checkpoint(path, {"update": 2})
+    assert M.read_checkpoint(path) == {"update": 1}
+
+
+@pytest.mark.parametrize("bad_update, bad_batch", [(1, 1), (2, 3)])                  # batches 0 and 2 are evaluations
+def test_a_number_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, bad_update, bad_batch):
+    """Update, quantity and last checkpoint are named, the exit status is 1, and the weights saved last are good."""
+    count = itertools.count()
+    monkeypatch.setitem(R.REWARDS, "red", lambda images, prompts: red(images, prompts) / float(next(count) != bad_batch or "nan"))
+    status = M.main(["--out", str(tmp_path)] + [x for k, v in {**TINY, "reward": "red", "eval_every": 1}.items() for x in (M.flag(k), str(v))])
+    error = capsys.readouterr().err
+    assert status == 1 and error.count("\n") == 1 and f"update {bad_update}: the loss is nan" in error
+    assert ("the base alone" if bad_update == 1 else "checkpoint.pt") in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Bad input
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("--group 1", "--group 1"), ("--steps 37", "--steps 37"), ("--steps 0", "--steps 0"), ("--eval-steps 99", "--eval-steps 99"),
+    ("--steps 4 --score-steps 5", "--score-steps 5"), ("--steps 4 --score-steps -5", "--score-steps -5"),
+    ("--transition p3", "p1, p1_literal, p2, ar"), ("--reward beauty", "shapes"), ("--device tpu", "cpu"),
+    ("--lr 0", "--lr 0"), ("--lr nan", "--lr nan"), ("--lr 3", "--lr 3"), ("--clip-low 1", "--clip-low 1"),
+    ("--clip-high -0.1", "--clip-high -0.1"), ("--beta -1", "--beta -1"), ("--beta inf", "--beta inf"),
+    ("--filter-quantile 1", "--filter-quantile 1"), ("--width 40", "--width 40"), ("--updates 0", "--updates 0"),
+    ("--temperature -1", "--temperature -1"), ("--prompt-dropout 1", "--prompt-dropout 1"), ("--updates many", "--updates"),
+    ("--max-grad-norm 0", "--max-grad-norm 0"), ("--eval-pictures 3", "--eval-pictures 3"), ("--pretrain-lr 2", "--pretrain-lr 2"),
+    ("--no-such-flag 1", "--no-such-flag"), ("--resume", "there is no"),
+])
+def test_bad_input_is_one_line(flags, names, tmp_path, capsys, monkeypatch):
+    """Exit status 2, the flag and the mend named, and nothing was begun."""
+    monkeypatch.setattr(M, "shapes_policy", None)
+    assert M.main(["--out", str(tmp_path / "out"), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and names in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "base.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_or_is_taken(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert M.main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    run(tmp_path / "taken")
+    capsys.readouterr()
+    same = ["--out", str(tmp_path / "taken")] + [x for k, v in TINY.items() for x in (M.flag(k), str(v))]
+    assert M.main(same + ["--lr", "1e-5"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "other settings (--lr 0.0015)" in error and "--resume" in error
+
+
+def test_a_resume_file_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
+    run(tmp_path)
+    capsys.readouterr()
+    assert M.main(["--resume", "--out", str(tmp_path), "--width", "32"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "other sizes" in error and "without --width" in error
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        assert M.main(["--resume", "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "truncated" in error
+
+
+def test_torch_and_torchvision_of_different_builds_is_one_sentence(tmp_path):
+    """A torchvision that fails on import as a foreign build does, put before the real one."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    answer = subprocess.run([sys.executable, str(HERE / "mask_grpo.py"), "-h"], capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert "different builds; reinstall both together" in answer.stderr
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        M.parse(["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert leaving.value.code == 0
+    for field in dataclasses.fields(M.Config):
+        assert f"{M.flag(field.name)} " in text
+    assert text.count("(default: ") == len(dataclasses.fields(M.Config))
