@@ -124,8 +124,10 @@ def parse(caption):
             relation, phrases = direction, caption.split(f" {word} ")
     wanted = []
     for phrase in phrases:
-        words = phrase.split() or [""]
-        number, color, shape = words if len(words) == 3 else (words[0], None, words[-1])
+        words = phrase.split()
+        if len(words) == 2:
+            words.insert(1, None)               # no colour asked for
+        number, color, shape = words if len(words) == 3 else (None, None, "")
         shape = shape.removesuffix("s")
         if number not in NUMBERS or shape not in SHAPES or color not in (None, *COLORS):
             raise ValueError(f"the shapes world has no caption {caption!r}; "
