@@ -169,9 +169,9 @@ class Policy(nn.Module):
 
         prompt_ids (B, L_text) long, tokens (B, N) long, K for MASK -> (B, N, K)
         """
-        edge = prompt_ids.new_tensor([self.soi_id, self.eoi_id]).expand(len(tokens), 2)
-        ids = torch.cat([prompt_ids, edge[:, :1], tokens + self.offset, edge[:, 1:]], dim=1)
-        mask = self.attention_mask(prompt_ids)
+        soi, eoi = (prompt_ids.new_full((len(tokens), 1), edge) for edge in (self.soi_id, self.eoi_id))
+        ids = torch.cat([prompt_ids, soi, tokens + self.offset, eoi], dim=1)    # (B, L)
+        mask = self.attention_mask(prompt_ids)                                  # (B, 1, L, L)
         hidden = self.lm.model(ids, attention_mask=mask, use_cache=False)[0]    # (B, L, D)
         hidden = hidden[:, -self.num_tokens - 1:-1]                             # (B, N, D)
         codes = slice(self.offset, self.offset + self.codebook_size)            # the rows in use
