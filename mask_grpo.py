@@ -75,17 +75,17 @@ class Config:
     # the base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
-    pretrain_steps: int = 2000      # masked-token prediction before any reinforcement learning
+    pretrain_steps: int = 2500      # masked-token prediction before any reinforcement learning
     pretrain_lr: float = 5e-3       # its peak learning rate
     prompt_dropout: float = 0.1     # share of its captions that are emptied; guidance needs some
     # sampling
-    steps: int = 11                 # T in training; below --eval-steps: the unmasking reduction
-    eval_steps: int = 11            # T in evaluation
+    steps: int = 14                 # T in training; below --eval-steps: the unmasking reduction
+    eval_steps: int = 14            # T in evaluation
     temperature: float = 1.0        # of the noise on confidences; 0 keeps exactly the surest tokens
     guidance: float = 0.0           # g in evaluation, (1 + g) cond - g uncond; training has none
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
-    updates: int = 100              # rounds of painting and learning
+    updates: int = 75               # rounds of painting and learning
     groups: int = 8                 # P, prompts per update
     group_size: int = 8             # G, pictures per prompt, 2 or more; many is smooth and slow
     inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
@@ -97,7 +97,7 @@ class Config:
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
     filter_tries: int = 2           # times that missing groups are painted again
     # optimisation
-    lr: float = 1.5e-3              # peak learning rate; smaller for larger policies
+    lr: float = 8e-4                # peak learning rate; smaller for larger policies
     warmup: int = 5                 # updates of linear warm-up, before the cosine to 0
     weight_decay: float = 0.02      # of AdamW, on matrices only
     max_grad_norm: float = 1.0      # longer gradients are scaled down to this
@@ -600,8 +600,8 @@ GRID_COLUMNS = 4   # captions per category that are shown
 
 
 @torch.no_grad()
-def evaluate(policy, reward, sides, config):
-    """Paint and judge fixed captions from fixed noise: only the weights can make a difference.
+def evaluate(policy, measure, sides, config):
+    """Paint and measure fixed captions from fixed noise: only the weights can make a difference.
 
     sides: S dicts of C categories -> scores (S, C, n), first pictures (S, C, GRID_COLUMNS, H, W, 3)
     """
@@ -612,12 +612,12 @@ def evaluate(policy, reward, sides, config):
     path = rollout(policy, policy.encode(prompts), config.eval_steps, config.temperature,
                    config.guidance, policy.encode([""] * len(prompts)), generator=generator)
     pixels = policy.decode(path.tokens).cpu()                                   # (S*C*n, H, W, 3)
-    scores = reward(to_images(pixels), prompts).view(len(sides), -1, n)         # (S, C, n)
+    scores = measure(to_images(pixels), prompts).view(len(sides), -1, n)        # (S, C, n)
     return scores, pixels.view(*scores.shape, *pixels.shape[1:])[:, :, :GRID_COLUMNS].clone()
 
 
 def save_grid(path, title, captions, before, after, scale=2):
-    """A PNG of pairs of pictures, before | after, a category per row, with captions and rewards.
+    """A PNG of pairs of pictures, before | after, a category per row, with captions and scores.
 
     captions: category -> list; before, after: scores (C, n) and pictures (C, GRID_COLUMNS, H, W, 3)
     """
@@ -799,6 +799,7 @@ def train(config: Config):
     check(config, N=rewards.GRID ** 2)
     device, saved, out = pick_device(config.device), claim_folder(config), pathlib.Path(config.out)
     policy, reward = shapes_policy(config).to(device), rewards.REWARDS[config.reward]
+    measure = rewards.MEASURES.get(config.reward, reward)
     if saved:
         check_sizes(policy, saved)
     sides = [rewards.captions(heldout=False), rewards.captions(heldout=True)]
@@ -827,9 +828,9 @@ def train(config: Config):
         sample_filter.history.extend(saved["filter"])
         base, rows = saved["base"], saved["rows"]
     else:
-        base, rows = evaluate(policy, reward, sides, config), []
+        base, rows = evaluate(policy, measure, sides, config), []
     trained = None
-    print(f"base: reward {base[0][0].mean():.3f} on trained-on captions, "
+    print(f"base: {base[0][0].mean():.3f} on trained-on captions, "
           f"{base[0][1].mean():.3f} on held-out ones", flush=True)
 
     with Interrupt() as interrupt, open(out / "metrics.csv", "w", newline="") as file:
@@ -861,7 +862,7 @@ def train(config: Config):
             # look at it, on captions that it never trained on
             look = update % config.eval_every == 0 or update == config.updates
             if look:
-                trained = evaluate(policy, reward, sides, config)
+                trained = evaluate(policy, measure, sides, config)
                 row["heldout"] = float(trained[0][1].mean())
                 save_grid(out / "samples" / f"update_{update:05d}.png", f"held-out captions, same "
                           f"noise: base | update {update}", sides[1],
@@ -883,7 +884,7 @@ def train(config: Config):
                       f"python mask_grpo.py --resume --out {config.out}")
                 return None
 
-    trained = trained or evaluate(policy, reward, sides, config)
+    trained = trained or evaluate(policy, measure, sides, config)
     save_grid(out / "comparison.png", "held-out captions, same noise: base | trained", sides[1],
               *((scores[1], pictures[1]) for scores, pictures in (base, trained)))
     numbers = {"seed": config.seed, "updates": config.updates,

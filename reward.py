@@ -182,26 +182,38 @@ def look(images, tolerance=40):
     return kind.masked_fill(distance > tolerance, BROKEN)
 
 
-def is_right(cells, caption):
-    """Whether the cells hold exactly the objects asked for, in number, shape, colour and relation.
+def agreement(cells, caption):
+    """How well the cells hold what the caption asks for, in [0, 1]; 1 is exactly that and no more.
 
-    cells (9,) -> bool
+    The share of objects that are right, among those asked for or those drawn, whichever are more;
+    one half if all are right but stand in the wrong relation. cells (9,) -> float
     """
     wanted, relation = parse(caption)
     found = {cell: OBJECTS[o] for cell, o in enumerate(cells.tolist()) if o >= 0}
-    places = []                     # of each thing asked for, the cells that hold it
-    for count, color, shape in wanted:
-        places.append([cell for cell, (s, c) in found.items() if s == shape and color in (None, c)])
-        if len(places[-1]) != count:
-            return False
-    if len(found) != sum(map(len, places)) or (cells == BROKEN).any():
-        return False                # there is something uncalled for
-    return in_order(places[0][0], places[-1][0], relation)
+    places = [[cell for cell, (s, c) in found.items() if s == shape and color in (None, c)]
+              for _, color, shape in wanted]        # for each phrase, the cells that answer it
+    right = sum(min(count, len(cells)) for (count, _, _), cells in zip(wanted, places))
+    drawn = len(found) + int((cells == BROKEN).sum())
+    share = right / max(drawn, sum(count for count, _, _ in wanted))
+    if share == 1 and not in_order(places[0][0], places[-1][0], relation):
+        return 0.5
+    return share
 
 
 def shapes_reward(images, prompts):
+    """The agreement of pictures and captions: PIL images (B), captions (B) -> (B,) float32 in [0, 1]
+
+    Graded, as CLIP is. A reward of right or wrong alone would leave the harder half of the captions
+    without a single right picture in a group, and so without anything to learn from.
+    """
+    return torch.tensor([agreement(c, p) for c, p in zip(look(images), prompts)])
+
+
+def shapes_right(images, prompts):
     """1 for a right picture, 0 for any other: PIL images (B), captions (B) -> (B,) float32"""
-    return torch.tensor([float(is_right(c, p)) for c, p in zip(look(images), prompts)])
+    return (shapes_reward(images, prompts) == 1).float()
 
 
 REWARDS = {"shapes": shapes_reward}
+# What evaluation reports in place of a reward, where there is something better to know.
+MEASURES = {"shapes": shapes_right}
