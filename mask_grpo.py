@@ -169,7 +169,7 @@ class Policy(nn.Module):
 
         prompt_ids (B, L_text) long, tokens (B, N) long, K for MASK -> (B, N, K)
         """
-        soi, eoi = (prompt_ids.new_full((len(tokens), 1), edge) for edge in (self.soi_id, self.eoi_id))
+        soi, eoi = (prompt_ids.new_full((len(tokens), 1), i) for i in (self.soi_id, self.eoi_id))
         ids = torch.cat([prompt_ids, soi, tokens + self.offset, eoi], dim=1)    # (B, L)
         mask = self.attention_mask(prompt_ids)                                  # (B, 1, L, L)
         hidden = self.lm.model(ids, attention_mask=mask, use_cache=False)[0]    # (B, L, D)

@@ -30,6 +30,7 @@ COLORS = {"red": (214, 64, 58), "green": (46, 158, 91), "blue": (52, 104, 206)}
 BACKGROUND = (248, 246, 240)
 OBJECTS = list(itertools.product(SHAPES, COLORS))   # object o is the pair (shape, colour)
 EMPTY, BROKEN = -1, -2                              # what else a cell can hold
+HABIT = (3, 1, 1)                                   # shares of the colours where none is asked for
 LATTICE, TILE = 3, 8                                # cells per side, pixels per tile side
 GRID = 2 * LATTICE                                  # tokens per side
 CODEBOOK_SIZE = 1 + 4 * len(OBJECTS)
@@ -145,7 +146,10 @@ def in_order(first, second, relation):
 
 
 def draw_scene(caption, rng: random.Random):
-    """A right picture for a caption, at random in all that the caption leaves open -> N codes"""
+    """A right picture for a caption, at random in all that the caption leaves open -> N codes
+
+    Colours left open are mostly red: real data have their habits too, and a base its favourites.
+    """
     wanted, relation = parse(caption)
     shapes = [(shape, color) for count, color, shape in wanted for _ in range(count)]
     cells = rng.sample(range(LATTICE ** 2), len(shapes))
@@ -153,7 +157,7 @@ def draw_scene(caption, rng: random.Random):
         cells = rng.sample(range(LATTICE ** 2), len(shapes))
     codes = [0] * GRID ** 2
     for cell, (shape, color) in zip(cells, shapes):
-        o = OBJECTS.index((shape, color or rng.choice(list(COLORS))))
+        o = OBJECTS.index((shape, color or rng.choices(list(COLORS), HABIT)[0]))
         corner = 2 * GRID * (cell // LATTICE) + 2 * (cell % LATTICE)
         for quarter in range(4):
             codes[corner + GRID * (quarter // 2) + quarter % 2] = 1 + 4 * o + quarter
@@ -201,7 +205,7 @@ def agreement(cells, caption):
 
 
 def shapes_reward(images, prompts):
-    """The agreement of pictures and captions: PIL images (B), captions (B) -> (B,) float32 in [0, 1]
+    """How well pictures agree with captions: PIL images (B), captions (B) -> (B,) float32 in [0, 1]
 
     Graded, as CLIP is. A reward of right or wrong alone would leave the harder half of the captions
     without a single right picture in a group, and so without anything to learn from.
