@@ -20,7 +20,7 @@ Where this differs from the paper, and why:
   c. The last step is a transition like any other: every token of the picture is credited.
   d. A vanishing group is replaced by another prompt's, a few times at most, then left out.
 
-Run it: `python mask_grpo.py` (about 5 minutes on a laptop CPU); `-h` explains every setting.
+Run it: `python mask_grpo.py` (about 4 minutes on two CPU cores); `-h` explains every setting.
 Dims: B = P * G samples of P prompts, N image tokens, K codes, T steps, L length of the sequence.
 """
 import argparse
@@ -650,7 +650,9 @@ def write_checkpoint(path, state):
 def read_checkpoint(path):
     """What write_checkpoint saved. UsageError if it is missing or damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert "policy" in state            # torch saves other things, too
+        return state
     except FileNotFoundError:
         raise UsageError(f"there is no {path} to resume; name a run's folder with --out") from None
     except Exception as error:              # torch has half a dozen kinds for a damaged file

@@ -368,7 +368,12 @@ def test_noise_is_gumbel_and_its_temperature_compounds():
         mean, std = path.noise[t].mean().item(), path.noise[t].std().item()
         assert mean == pytest.approx(0.5772 * temperature, abs=0.02)
         assert std == pytest.approx(math.pi / 6 ** 0.5 * temperature, abs=0.02)
-    assert M.gumbel((10 ** 6,), None, "cpu").isfinite().all()
+
+
+def test_gumbel_noise_is_finite_at_both_ends(monkeypatch):
+    """Pitfall 22: torch.rand can return 0, and after rounding 1; log(0) must not get through."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.tensor([0.0, 0.5, 1.0]))
+    assert M.gumbel((3,), None, "cpu").isfinite().all()
 
 
 def test_guidance_is_one_plus_g_conditional_minus_g_unconditional():
@@ -986,7 +991,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
 def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch):
     """Half a file has been written when the end comes."""
     path = tmp_path / "checkpoint.pt"
-    M.write_checkpoint(path, {"update": 1})
+    M.write_checkpoint(path, {"policy": 1})
 
     def killed(state, target):
         pathlib.Path(target).write_bytes(b"half")
@@ -994,8 +999,8 @@ def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        M.write_checkpoint(path, {"update": 2})
-    assert M.read_checkpoint(path) == {"update": 1}
+        M.write_checkpoint(path, {"policy": 2})
+    assert M.read_checkpoint(path) == {"policy": 1}
 
 
 @pytest.mark.parametrize("update, bad, last", [(1, 1, "base.pt"), (2, 3, "checkpoint.pt")])
@@ -1051,14 +1056,16 @@ def test_a_folder_that_cannot_be_written_or_is_taken(tmp_path, capsys):
 
 
 def test_a_resume_file_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
-    """Cut in half, empty, something else; and a sound one, resumed with another width."""
+    """Of another width; cut in half, empty, text, another file of torch's."""
     run(tmp_path)
     capsys.readouterr()
     assert M.main(["--resume", "--out", str(tmp_path), "--width", "32"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "other sizes" in error and "without --width" in error
     whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
+    torch.save({"something": "else"}, tmp_path / "other.pt")
+    other = (tmp_path / "other.pt").read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint", other):
         (tmp_path / "checkpoint.pt").write_bytes(damaged)
         assert M.main(["--resume", "--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
