@@ -418,9 +418,9 @@ def test_a_group_of_equal_rewards_teaches_nothing():
 
 
 def test_the_filter_keeps_all_at_first_and_then_cuts_at_its_quantile():
-    """Pitfall 11. History after 100 groups: nine zeros and 1..91, the 10th percentile near 1."""
+    """Pitfall 11. History after 100 groups: nine fives and 1..91, the 10th percentile near 5."""
     sieve = M.SampleFilter(quantile=0.1, warmup=10)
-    assert sieve.keep(torch.zeros(9)).all()
+    assert sieve.keep(torch.full((9,), 5.0)).all()
     assert sieve.keep(torch.arange(1.0, 92.0)).all()
     assert sieve.keep(torch.tensor([0.0, 0.5, 50.0])).tolist() == [False, False, True]
     assert M.SampleFilter(quantile=0.0, warmup=0).keep(torch.zeros(5)).all()    # switched off
@@ -840,6 +840,12 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
         "seed", "updates", "base", "trained", "heldout_base", "heldout_trained",
         "pretrain_seconds", "train_seconds", "peak_memory_mb"]
     assert float(block["peak_memory_mb"]) > 50
+
+
+def test_evaluation_repeats_its_noise(policy):
+    """Twice the same policy, twice the same pictures: only weights can make a difference."""
+    one, two = (M.evaluate(policy, red, [R.captions(True)], tiny()) for _ in range(2))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
 def test_training_raises_the_reward(tmp_path):
