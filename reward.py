@@ -207,8 +207,8 @@ def agreement(cells, caption):
 def shapes_reward(images, prompts):
     """How well pictures agree with captions: PIL images (B), captions (B) -> (B,) float32 in [0, 1]
 
-    Graded, as CLIP is. A reward of right or wrong alone would leave the harder half of the captions
-    without a single right picture in a group, and so without anything to learn from.
+    Graded, as CLIP is. A reward of right or wrong alone would leave many groups of the harder
+    captions without a single right picture, and so without anything to learn from.
     """
     return torch.tensor([agreement(c, p) for c, p in zip(look(images), prompts)])
 
