@@ -16,7 +16,7 @@ again; after T steps none is masked. One update:
 Where this differs from the paper, and why:
   a. Eq. 14 is scored under the noise that the sampler ranked with (`p1`). As printed it ignores the
      noise (`p1_literal`) and scores steps that did not happen.
-  b. The old log-probability is recorded by the sampler: the ratio is real, and clipping can act.
+  b. The old log-probability is kept while the weights move: the ratio is real, clipping can act.
   c. The last step is a transition like any other: every token of the picture is credited.
   d. A vanishing group is replaced by another prompt's, a few times at most, then left out.
 
@@ -75,7 +75,7 @@ class Config:
     # the base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
-    pretrain_steps: int = 2500      # masked-token prediction before any reinforcement learning
+    pretrain_steps: int = 3000      # masked-token prediction before any reinforcement learning
     pretrain_lr: float = 5e-3       # its peak learning rate
     prompt_dropout: float = 0.1     # share of its captions that are emptied; guidance needs some
     # sampling
@@ -280,7 +280,7 @@ class Trajectory:
 
     @staticmethod
     def cat(paths):
-        """Several rollouts of equal T as one, pictures side by side."""
+        """Several rollouts of equal T as one, pictures side by side: (B_1), (B_2), ... -> (B)"""
         dims = {"tokens": 0, "step": 0, "noise": 1, "drawn": 1, "logp_old": 1}
         parts = {name: [getattr(path, name) for path in paths] for name in dims}
         return Trajectory(**{name: None if part[0] is None else torch.cat(part, dims[name])
@@ -288,9 +288,12 @@ class Trajectory:
 
 
 def gumbel(shape, generator, device):
-    """Standard Gumbel noise. Clamped: one infinity can become a NaN, and a NaN sorts above all."""
-    uniform = torch.rand(shape, generator=generator, device=device).clamp(1e-20, 1 - 1e-7)
-    return -(-uniform.log()).log()
+    """Standard Gumbel noise of a shape: -log E, E exponential with mean 1. In place, for memory.
+
+    Clamped, for one infinity can become a NaN, and a NaN sorts above everything.
+    """
+    noise = torch.empty(shape, device=device).exponential_(generator=generator)
+    return noise.clamp_(1e-20, 1e20).log_().neg_()
 
 
 @torch.no_grad()
@@ -448,42 +451,50 @@ def sample_groups(policy, reward, prompts, sample_filter, config, generator):
     return texts, Trajectory.cat(paths), torch.cat(kept), torch.cat(painted)
 
 
+def check_ratio(logp, path, b, t, kind, tolerance=1e-4):
+    """The ratio of learner to sampler per factor, before the weights have moved. RunError if not 1.
+
+    Not every step has to agree, though: p1 has a hard threshold, and rounding can put a code on its
+    other side. logp (M,), the learner's, of pictures b (M,) and steps t (M,) -> float
+    """
+    log_ratio = (logp - path.logp_old[t, b]) / num_factors(path.step[b], t, kind)       # (M,)
+    off = float(log_ratio.abs().quantile(0.95))
+    if not off < tolerance:
+        raise RunError(f"sampler and learner differ by {off:.1e} per factor of a log-probability "
+                       "before any change of the weights (dropout, precision or prompts differ?)")
+    return float(log_ratio.mean().exp())
+
+
 def learn(policy, reference, optimizer, prompt_ids, path, advantage, config):
     """The inner epochs over one rollout, an optimizer step each -> dict of numbers for the log
 
     prompt_ids (B, L_text), path of B pictures, advantage (B,)
     """
-    (T, B), kind, k, log = path.logp_old.shape, config.transition, config.score_steps, {}
+    (T, B), kind, k, log, old = path.logp_old.shape, config.transition, config.score_steps, {}, []
     steps = torch.arange(T)[:k] if k > 0 else torch.arange(T)[k:]               # [0:] is all
     pairs = torch.cartesian_prod(torch.arange(B), steps).to(prompt_ids.device)  # (M, 2) b and t
     # the mean of Eq. 10 runs over all groups asked for: one left out counts as one of advantage 0
     weight = 1 / (config.groups * config.group_size * len(steps))
     for epoch in range(config.inner_epochs):
         parts = []
-        for b, t in (chunk.unbind(1) for chunk in pairs.split(config.micro_batch)):
+        for i, (b, t) in enumerate(chunk.unbind(1) for chunk in pairs.split(config.micro_batch)):
             length = num_factors(path.step[b], t, kind) if config.length_normalize else 1
-            logp = path_logprob(policy, prompt_ids, path, b, t, kind) / length  # (m,)
-            loss, part = grpo_loss(logp, path.logp_old[t, b] / length, advantage[b],
+            logp = path_logprob(policy, prompt_ids, path, b, t, kind)           # (m,)
+            if epoch == 0:              # before the first optimizer step the old weights are these
+                old.append(logp.detach())
+            loss, part = grpo_loss(logp / length, old[i] / length, advantage[b],
                                    config.clip_low, config.clip_high)
             if reference is not None:
                 with torch.no_grad():
-                    logp_ref = path_logprob(reference, prompt_ids, path, b, t, kind) / length
-                kl = kl_k3(logp, logp_ref)                                      # (m,)
+                    logp_ref = path_logprob(reference, prompt_ids, path, b, t, kind)
+                kl = kl_k3(logp / length, logp_ref / length)                    # (m,)
                 loss, part["kl"] = loss + config.beta * kl.mean(), kl.detach()
             loss = loss * len(b) * weight
             loss.backward()
             parts.append({"loss": loss.detach()[None], **part})
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}   # (M,) each
-
-        # Nothing has moved in the first epoch: the learner must find what the sampler recorded. Not
-        # for every step, though: p1 has a hard threshold, and rounding can put a code beyond it.
         if epoch == 0:
-            log["ratio_first"] = float(whole["ratio"].mean())
-            off = float((whole["ratio"] - 1).abs().quantile(0.95))
-            if off > 1e-3:
-                raise RunError(f"the ratio is off 1 by {off:.1e} before any change of the weights: "
-                               "sampler and learner compute different log-probabilities "
-                               "(dropout, precision or prompts differ)")
+            log["ratio_first"] = check_ratio(torch.cat(old), path, *pairs.unbind(1), kind)
         log["grad"] = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         log |= {"loss": float(whole["loss"].sum()), "ratio": float(whole["ratio"].mean()),
                 "clip": float(whole["clip"].mean())}
