@@ -21,6 +21,7 @@ Where this differs from the paper, and why:
   d. A vanishing group is replaced by another prompt's, a few times at most, then left out.
 
 Run it: `python mask_grpo.py` (about 4 minutes on two CPU cores); `-h` explains every setting.
+The paper's own system: `python mask_grpo.py --model showlab/show-o-512x512 --prompts FILE` (a GPU).
 Dims: B = P * G samples of P prompts, N image tokens, K codes, T steps, L length of the sequence.
 """
 import argparse
@@ -28,27 +29,37 @@ import copy
 import csv
 import dataclasses
 import inspect                                     # the comments of Config are its help texts
+import json
 import math
 import os
 import pathlib
+import pickle
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 import reward as rewards
 
 try:
-    from transformers import PhiConfig, PhiForCausalLM
+    from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 except (ImportError, RuntimeError) as error:    # transformers loads torchvision, which loads torch
     if "torchvision" not in f"{error} {error.__cause__}":
         raise
@@ -65,14 +76,20 @@ except (ImportError, RuntimeError) as error:    # transformers loads torchvision
 
 @dataclass
 class Config:
-    """All settings of a run. The defaults are the shapes world's."""
+    """All settings of a run. The defaults are the shapes world's; SHOWO, below, has Show-o's."""
     # task
-    reward: str = "shapes"          # what a good picture is: a name in reward.REWARDS
+    model: str = ""                 # a Show-o, hub id or folder; none is the shapes world's policy
+    vq_model: str = "showlab/magvitv2"   # its decoder, hub id or folder
+    weights: str = ""               # a policy's weights in place of the base: file, folder, hub id
+    prompts: str = ""               # captions, .txt, .json or .jsonl; a tenth is only evaluated
+    reward: str = "shapes"          # or clip[:MODEL:WEIGHTS], hpsv2, pickscore, MODULE:FUNCTION
     out: str = "out"                # folder for base, checkpoint, metrics.csv and pictures
     resume: bool = False            # go on from --out, with its settings where no flag is given
+    generate: str = ""              # do not train, paint these captions (a file as --prompts)
+    samples: int = 4                # pictures per caption of --generate
     device: str = "auto"            # cpu, cuda or mps; auto takes the fastest there is
     seed: int = 0                   # of the base, the prompts and every draw
-    # the base
+    # the shapes world's base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
     pretrain_steps: int = 3000      # masked-token prediction before any reinforcement learning
@@ -97,14 +114,23 @@ class Config:
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
     filter_tries: int = 2           # times that missing groups are painted again
     # optimisation
+    optimizer: str = "adamw"        # or adafactor, which needs a third of the memory
     lr: float = 8e-4                # peak learning rate; smaller for larger policies
     warmup: int = 5                 # updates of linear warm-up, before the cosine to 0
-    weight_decay: float = 0.02      # of AdamW, on matrices only
+    weight_decay: float = 0.02      # on matrices only
     max_grad_norm: float = 1.0      # longer gradients are scaled down to this
+    rollout_batch: int = 1024       # pictures painted at once: memory only
     micro_batch: int = 192          # transitions per backward pass: memory only, never the result
+    checkpointing: bool = False     # compute activations twice instead of keeping them
     # evaluation
     eval_every: int = 25            # updates between evaluations, picture grids and checkpoints
     eval_pictures: int = 48         # pictures per category, on either side of the split
+
+
+# What --model changes where no flag is given: the paper's settings, for the 512 x 512 model.
+SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
+             group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
+             eval_pictures=16)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,17 +198,23 @@ class Policy(nn.Module):
         soi, eoi = (prompt_ids.new_full((len(tokens), 1), i) for i in (self.soi_id, self.eoi_id))
         ids = torch.cat([prompt_ids, soi, tokens + self.offset, eoi], dim=1)    # (B, L)
         mask = self.attention_mask(prompt_ids)                                  # (B, 1, L, L)
-        hidden = self.lm.model(ids, attention_mask=mask, use_cache=False)[0]    # (B, L, D)
-        hidden = hidden[:, -self.num_tokens - 1:-1]                             # (B, N, D)
         codes = slice(self.offset, self.offset + self.codebook_size)            # the rows in use
-        return F.linear(hidden, self.lm.lm_head.weight[codes], self.lm.lm_head.bias[codes])
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):      # weights: float32
+            hidden = self.lm.model(ids, attention_mask=mask, use_cache=False)[0]        # (B, L, D)
+            hidden = hidden[:, -self.num_tokens - 1:-1]                         # (B, N, D)
+            return F.linear(hidden, self.lm.lm_head.weight[codes], self.lm.lm_head.bias[codes])
 
     @torch.no_grad()
     def decode(self, tokens):
         """The pixels of finished pictures: tokens (B, N) -> (B, H, W, 3) uint8"""
-        side = math.isqrt(self.num_tokens)
-        pixels = self.decoder(tokens.view(-1, side, side))                      # (B, 3, H, W)
-        return (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
+        side, pictures = math.isqrt(self.num_tokens), []
+        at_once = max(1, 4096 // self.num_tokens)           # 4 pictures of 512 x 512, for memory
+        for codes in tokens.view(-1, side, side).split(at_once):
+            pixels = self.decoder(codes)                                        # (b, 3, H, W)
+            pixels = (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)
+            pictures.append(pixels.permute(0, 2, 3, 1))                         # (b, H, W, 3)
+        return torch.cat(pictures)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,6 +457,36 @@ def to_images(pixels):
     return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
 
 
+def judge(reward, images, prompts):
+    """Rewards, once they are known to be usable -> (B,) float32 on the CPU
+
+    UsageError if the reward raises, has another shape or is not finite: it may be the reader's own.
+    """
+    try:
+        scores = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the reward failed, {type(error).__name__}: {error} (the first of its "
+                         f"{len(prompts)} prompts: {prompts[0]!r})") from error
+    if scores.shape != (len(images),):
+        raise UsageError(f"the reward must give one number per picture, a tensor of shape "
+                         f"({len(images)},); it gave {tuple(scores.shape)} (the first of its "
+                         f"prompts: {prompts[0]!r})")
+    if not scores.isfinite().all():
+        i = int(scores.isfinite().int().argmin())
+        raise UsageError(f"the reward is {scores[i]} for the prompt {prompts[i]!r}")
+    return scores
+
+
+def paint(policy, prompts, config, steps, generator, guidance=0.0, kind=None):
+    """A rollout of B prompts, `rollout_batch` pictures at a time -> Trajectory"""
+    null_ids = policy.encode([""])
+    return Trajectory.cat([
+        rollout(policy, ids, steps, config.temperature, guidance, null_ids.expand(len(ids), -1),
+                kind, generator) for ids in policy.encode(prompts).split(config.rollout_batch)])
+
+
 def sample_groups(policy, reward, prompts, sample_filter, config, generator):
     """Paint groups until `config.groups` of them are worth learning from, or the tries are used up.
 
@@ -436,9 +498,8 @@ def sample_groups(policy, reward, prompts, sample_filter, config, generator):
         chosen = torch.randint(len(prompts), (missing,), generator=generator,
                                device=generator.device)
         batch = [prompts[i] for i in chosen.tolist() for _ in range(config.group_size)]
-        path = rollout(policy, policy.encode(batch), config.steps, config.temperature,
-                       kind=config.transition, generator=generator)
-        scores = reward(to_images(policy.decode(path.tokens)), batch)           # (missing * G,)
+        path = paint(policy, batch, config, config.steps, generator, kind=config.transition)
+        scores = judge(reward, to_images(policy.decode(path.tokens)), batch)    # (missing * G,)
         scores = scores.view(missing, config.group_size)                        # (missing, G)
         keep = sample_filter.keep(scores.std(1))                                # (missing,) bool
         each = keep.repeat_interleave(config.group_size)                        # (missing * G,)
@@ -451,12 +512,14 @@ def sample_groups(policy, reward, prompts, sample_filter, config, generator):
     return texts, Trajectory.cat(paths), torch.cat(kept), torch.cat(painted)
 
 
-def check_ratio(logp, path, b, t, kind, tolerance=1e-4):
+def check_ratio(logp, path, b, t, kind):
     """The ratio of learner to sampler per factor, before the weights have moved. RunError if not 1.
 
     Not every step has to agree, though: p1 has a hard threshold, and rounding can put a code on its
-    other side. logp (M,), the learner's, of pictures b (M,) and steps t (M,) -> float
+    other side. In bf16 (on a GPU) a logit keeps 8 bits, and batches of other sizes round otherwise.
+    logp (M,), the learner's, of pictures b (M,) and steps t (M,) -> float
     """
+    tolerance = 1e-2 if logp.device.type == "cuda" else 1e-4
     log_ratio = (logp - path.logp_old[t, b]) / num_factors(path.step[b], t, kind)       # (M,)
     off = float(log_ratio.abs().quantile(0.95))
     if not off < tolerance:
@@ -539,8 +602,16 @@ def shapes_policy(config):
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
         # neighbours in a 6 x 6 grid are 1 and 6 apart: rotate whole heads, and faster than for text
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
-    return Policy(phi, lambda text: [words.index(word) for word in text.split()], 0, TileDecoder(),
-                  rewards.GRID ** 2, rewards.CODEBOOK_SIZE)
+    phi.name_or_path = "shapes"
+
+    def tokenize(prompt):
+        unknown = set(prompt.split()) - set(words)
+        if unknown:
+            raise UsageError(f"the shapes world does not know the words {sorted(unknown)}; "
+                             "--model names a policy that knows more")
+        return [words.index(word) for word in prompt.split()]
+
+    return Policy(phi, tokenize, 0, TileDecoder(), rewards.GRID ** 2, rewards.CODEBOOK_SIZE)
 
 
 def warmup_cosine(warmup, total):
@@ -589,23 +660,216 @@ BASE_SETTINGS = ("width", "layers", "pretrain_steps", "pretrain_lr", "prompt_dro
 
 def load_base(policy, config):
     """Give the policy the base's weights, kept in the output folder -> seconds of training"""
-    path = pathlib.Path(config.out) / "base.pt"
+    path = pathlib.Path(config.out) / "base"
     settings = {name: getattr(config, name) for name in BASE_SETTINGS}
-    base = read_checkpoint(path) if path.exists() else {"settings": None}
-    if base["settings"] == settings:
-        policy.lm.load_state_dict(base["policy"])
-        print(f"base: {path}, pretrained before")
-        return base["seconds"]
+    if path.exists():
+        base = read_checkpoint(path)
+        if base["settings"] == settings:
+            load_weights(policy.lm, read_tensors(path), "showo.", path)
+            print(f"base: {path}, pretrained before")
+            return base["seconds"]
     start = time.time()
     pretrain(policy, config)
     seconds = time.time() - start
-    write_checkpoint(path, {"settings": settings, "policy": policy.lm.state_dict(),
-                            "seconds": seconds})
+    write_checkpoint(path, policy, {"settings": settings, "seconds": seconds})
     return seconds
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. What a run leaves behind: scores, pictures, checkpoints.
+# 9. Show-o as a policy: the published weights in the class of section 2, and MAGVIT-v2's decoder.
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 shortcut if channels change."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(32, c, eps=1e-6) for c in (before, after))
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x):
+        """(B, before, h, w) -> (B, after, h, w)"""
+        inner = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
+
+
+class AttnBlock(nn.Module):
+    """x + attention of one head over all h * w positions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        """(B, C, h, w) -> the same"""
+        inner = self.norm(x)
+        q, k, v = (f(inner).flatten(2).mT for f in (self.q, self.k, self.v))    # (B, h * w, C)
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.view_as(x))
+
+
+class MagvitDecoder(nn.Module):
+    """The decoder of MAGVIT-v2 (Yu et al., 2023) as Show-o publishes it, names of modules included.
+
+    There is no codebook: a code is its own vector, its 13 bits as -1 and 1. Only `width` is free,
+    for tests; published is 128.
+    """
+
+    def __init__(self, width=128, bits=13):
+        super().__init__()
+        channels = [width * factor for factor in (1, 1, 2, 2, 4)]               # fine to coarse
+        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.conv_in = nn.Conv2d(bits, channels[-1], 3, padding=1)
+        self.mid = nn.ModuleDict({
+            "block_1": ResBlock(channels[-1], channels[-1]), "attn_1": AttnBlock(channels[-1]),
+            "block_2": ResBlock(channels[-1], channels[-1])})
+        self.up = nn.ModuleList()
+        for level, (c, blocks) in enumerate(zip(channels, (4, 4, 3, 4, 3))):
+            before = channels[min(level + 1, 4)]                                # from the coarser
+            self.up.append(nn.ModuleDict({"block": nn.ModuleList(
+                ResBlock(before if i == 0 else c, c) for i in range(blocks))}))
+            if level > 0:
+                self.up[level]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
+        self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, codes):
+        """codes (B, h, w) long -> (B, 3, 16 h, 16 w), in [-1, 1] but for overshoot"""
+        bits = self.conv_in.in_channels
+        shifts = torch.arange(bits - 1, -1, -1, device=codes.device)            # highest bit first
+        x = ((codes[:, None] >> shifts[:, None, None]) & 1).float() * 2 - 1     # (B, 13, h, w)
+        x = self.conv_in(self.post_quant_conv(x))                               # (B, 4 width, h, w)
+        for name in ("block_1", "attn_1", "block_2"):
+            x = self.mid[name](x)
+        for level in reversed(self.up):
+            for block in level["block"]:
+                x = block(x)
+            if "upsample" in level:
+                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2))     # 2 h, 2 w
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# File names under which weights are published, the preferred first; an index names the shards.
+WEIGHT_FILES = [stem + kind + index for kind in (".safetensors", ".bin")
+                for index in ("", ".index.json")
+                for stem in ("pytorch_model", "model", "diffusion_pytorch_model")]
+
+
+def fetch(source, *names):
+    """The first of these files that a local folder or a hub repository has -> Path. UsageError."""
+    local = os.path.isdir(source)
+    for name in names:
+        try:
+            path = pathlib.Path(source, name) if local else hf_hub_download(source, name)
+        except LocalEntryNotFoundError:
+            raise UsageError(f"{source} is no local folder, and the hub cannot be reached (nor has "
+                             f"the cache its {name}); check the spelling and the network") from None
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:      # no such repository, no such kind of name, ...
+            raise UsageError(f"{source} is no local folder and cannot be downloaded: "
+                             f"{str(error).strip().splitlines()[0]}") from None
+        if os.path.isfile(path):
+            return pathlib.Path(path)
+    raise UsageError(f"{source} holds none of: {', '.join(names)}")
+
+
+def read_tensors(source):
+    """A checkpoint, file, folder or hub id -> (name, tensor), one by one. UsageError if damaged."""
+    files = [pathlib.Path(source)]
+    if not files[0].is_file():
+        files = [fetch(source, *WEIGHT_FILES)]
+        if files[0].suffix == ".json":              # an index of shards
+            shards = json.loads(files[0].read_text())["weight_map"].values()
+            files = [fetch(source, shard) for shard in sorted(set(shards))]
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as tensors:
+                    yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
+            else:                                   # mmap: nothing is read before it is copied
+                yield from torch.load(file, "cpu", weights_only=True, mmap=True).items()
+        except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError,
+                pickle.UnpicklingError) as error:
+            raise UsageError(f"{file} is truncated or holds no tensors ({type(error).__name__}); "
+                             "download or save it anew") from None
+
+
+def load_weights(module, tensors, prefix, source):
+    """Copy (name, tensor) pairs into a module, strictly but for the prefix; else a UsageError."""
+    ours, wrong = module.state_dict(), []
+    missing = {prefix + name for name in ours}
+    for name, tensor in tensors:
+        mine = ours.get(name.removeprefix(prefix)) if name in missing else None
+        shape = getattr(tensor, "shape", ())
+        missing.discard(name)
+        if mine is None or mine.shape != shape:
+            needs = "unknown here" if mine is None else f"{(*mine.shape,)} here"
+            wrong.append(f"{name} {(*shape,)} is {needs}")
+        else:
+            mine.copy_(tensor)                      # in place, and to the module's type and device
+    wrong += [f"{name} is missing" for name in missing]
+    if wrong:
+        raise UsageError(f"{source} does not fit, {len(wrong)} tensors differ: "
+                         f"{'; '.join(sorted(wrong)[:3])}")
+
+
+def showo_config(model):
+    """config.json of a Show-o folder or hub id -> dict. UsageError."""
+    try:
+        config = json.loads(fetch(model, "config.json").read_text())
+        return {name: config[name] for name in ("vocab_size", "llm_vocab_size", "llm_model_path",
+                                                "codebook_size", "num_vq_tokens")}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"config.json of {model} is not Show-o's: {error!r}") from None
+
+
+def load_showo(model, vq_model="showlab/magvitv2", weights=None, device="cpu") -> Policy:
+    """Show-o and its decoder from hub ids or local folders. `weights`: others than the model's own.
+
+    Built without storage, then filled tensor by tensor: there is never a second copy in memory.
+    UsageError if anything is missing or does not fit.
+    """
+    sizes, device = showo_config(model), torch.device(device)
+    llm, text, K = sizes["llm_model_path"], sizes["llm_vocab_size"], sizes["codebook_size"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+        phi = PhiConfig.from_pretrained(
+            llm, vocab_size=sizes["vocab_size"], qk_layernorm=True, tie_word_embeddings=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{llm}, the language model of {model}, has no tokenizer or config that "
+                         f"can be loaded: {str(error).splitlines()[0]}") from None
+    if len(tokenizer) != text or sizes["vocab_size"] != text + 10 + K + 1:
+        raise UsageError(f"{model} needs a tokenizer of {text} tokens ({llm} has {len(tokenizer)}) "
+                         f"and a vocabulary of these, 10 special ones, {K} codes and MASK (it has "
+                         f"{sizes['vocab_size']})")
+    phi.name_or_path = llm
+    if phi.hidden_act == "gelu_new":
+        phi.hidden_act = "gelu_pytorch_tanh"        # the same formula in one kernel
+
+    vq = [(name, tensor) for name, tensor in read_tensors(vq_model) if name.startswith("decoder.")]
+    width = dict(vq).get("decoder.conv_out.weight", torch.empty(3, 128)).shape[1]
+    decoder = MagvitDecoder(width).to(device).requires_grad_(False)
+    load_weights(decoder, vq, "decoder.", vq_model)
+
+    def tokenize(prompt):
+        return tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+
+    with torch.device("meta"):
+        policy = Policy(phi, tokenize, tokenizer.bos_token_id, None, sizes["num_vq_tokens"], K)
+    rotary = type(policy.lm.model.rotary_emb)(phi)  # its buffers are computed, not stored
+    policy.lm.to_empty(device=device).model.rotary_emb = rotary.to(device)
+    policy.decoder = decoder
+    load_weights(policy.lm, read_tensors(weights or model), "showo.", weights or model)
+    return policy
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. What a run leaves behind: scores, pictures, checkpoints.
 
 GRID_COLUMNS = 4   # captions per category that are shown
 
@@ -620,55 +884,79 @@ def evaluate(policy, measure, sides, config):
     prompts = [captions[i % len(captions)]
                for side in sides for captions in side.values() for i in range(n)]
     generator = torch.Generator(policy.device).manual_seed(config.seed + 1)
-    path = rollout(policy, policy.encode(prompts), config.eval_steps, config.temperature,
-                   config.guidance, policy.encode([""] * len(prompts)), generator=generator)
+    path = paint(policy, prompts, config, config.eval_steps, generator, config.guidance)
     pixels = policy.decode(path.tokens).cpu()                                   # (S*C*n, H, W, 3)
-    scores = measure(to_images(pixels), prompts).view(len(sides), -1, n)        # (S, C, n)
+    scores = judge(measure, to_images(pixels), prompts).view(len(sides), -1, n)  # (S, C, n)
     return scores, pixels.view(*scores.shape, *pixels.shape[1:])[:, :, :GRID_COLUMNS].clone()
 
 
-def save_grid(path, title, captions, before, after, scale=2):
+def save_grid(path, title, captions, before, after, shown=(96, 256)):
     """A PNG of pairs of pictures, before | after, a category per row, with captions and scores.
 
     captions: category -> list; before, after: scores (C, n) and pictures (C, GRID_COLUMNS, H, W, 3)
     """
-    height, width = (scale * size for size in before[1].shape[2:4])
-    column, row, top, font = 2 * width + 28, height + 48, 30, ImageFont.load_default(size=13)
+    side = min(max(before[1].shape[2], shown[0]), shown[1])     # of a picture in the PNG
+    column, row, top, font = 2 * side + 28, side + 48, 30, ImageFont.load_default(size=13)
     sheet = Image.new("RGB", (GRID_COLUMNS * column + 12, len(captions) * row + top), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((12, 8), title, "black", font)
     for i, texts in enumerate(captions.values()):
         for j in range(GRID_COLUMNS):
             x, y = 12 + j * column, top + i * row
-            draw.text((x, y), texts[j % len(texts)], "black", font)
+            caption = textwrap.shorten(texts[j % len(texts)], side // 3, placeholder=" ...")
+            draw.text((x, y), caption, "black", font)
             for scores, pictures in (before, after):
                 picture = Image.fromarray(pictures[i, j].numpy())
-                sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + 18))
-                draw.rectangle((x, y + 18, x + width - 1, y + 17 + height), outline="gray")
-                draw.text((x, y + 19 + height), f"{scores[i, j]:.2f}", "gray", font)
-                x += width + 4
+                sheet.paste(picture.resize((side, side), Image.Resampling.BOX), (x, y + 18))
+                draw.rectangle((x, y + 18, x + side - 1, y + 17 + side), outline="gray")
+                draw.text((x, y + 19 + side), f"{scores[i, j]:.2f}", "gray", font)
+                x += side + 4
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
 
 
-def write_checkpoint(path, state):
-    """Save under another name, then rename: who is killed in between keeps the last good file."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
+def write_checkpoint(path, policy, state):
+    """A folder in Show-o's own layout, and beside the weights what a run needs to go on: state.pt
+
+    Written under another name, then renamed: who is killed in between keeps the last good one.
+    """
+    partial, old = path.with_suffix(".partial"), path.with_suffix(".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text(json.dumps({
+        "_class_name": "Showo", "w_clip_vit": False, "load_from_showo": True,
+        "vocab_size": policy.lm.config.vocab_size, "llm_vocab_size": policy.pad_id,
+        "llm_model_path": policy.lm.config.name_or_path, "codebook_size": policy.codebook_size,
+        "num_vq_tokens": policy.num_tokens}, indent=2))
+    weights = {f"showo.{name}": tensor for name, tensor in policy.lm.state_dict().items()}
+    save_file(weights, partial / "pytorch_model.safetensors", {"format": "pt"})
+    torch.save(state, partial / "state.pt")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
     os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(out):
+    """Where the last good checkpoint of an output folder is -> Path, that may not exist"""
+    path = pathlib.Path(out) / "checkpoint"
+    old = path.with_suffix(".old")              # killed between the two renames
+    return old if old.exists() and not path.exists() else path
 
 
 def read_checkpoint(path):
-    """What write_checkpoint saved. UsageError if it is missing or damaged."""
+    """The state.pt of write_checkpoint -> dict. UsageError if it is missing or damaged."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        assert "policy" in state            # torch saves other things, too
-        return state
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return dict(state)                      # torch saves other things, too
     except FileNotFoundError:
-        raise UsageError(f"there is no {path} to resume; name a run's folder with --out") from None
-    except Exception as error:              # torch has half a dozen kinds for a damaged file
-        raise UsageError(f"{path} is truncated or no checkpoint ({type(error).__name__}); "
-                         "delete it or choose another --out") from None
+        raise UsageError(f"there is no {path} to go on from; name a run's folder with --out"
+                         ) from None
+    except Exception as error:                  # torch has half a dozen kinds for a damaged file
+        raise UsageError(f"{path / 'state.pt'} is truncated or no checkpoint "
+                         f"({type(error).__name__}); delete {path} or choose another --out"
+                         ) from None
 
 
 def peak_memory_mb():
@@ -709,7 +997,7 @@ def report(base, trained, categories, numbers):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. The run. First everything that can be wrong with the command, then the loop.
+# 11. The run. First everything that can be wrong with the command, then the loop.
 
 
 def flag(name):
@@ -717,36 +1005,39 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check(config, N):
+def check(config):
     """UsageError for the first setting that cannot work, naming the cause and the mend."""
     c, rules = config, []
     for field in dataclasses.fields(c):
         if field.type is float:
             rules.append((field.name, math.isfinite(getattr(c, field.name)), "is no finite number"))
-    for name in ("layers", "pretrain_steps", "updates", "groups", "inner_epochs", "micro_batch",
-                 "eval_every"):
+    for name in ("layers", "pretrain_steps", "updates", "groups", "inner_epochs", "rollout_batch",
+                 "micro_batch", "eval_every", "samples"):
         rules.append((name, getattr(c, name) >= 1, "must be at least 1"))
     for name in ("seed", "temperature", "guidance", "clip_high", "beta", "weight_decay",
                  "filter_tries", "warmup"):
         rules.append((name, getattr(c, name) >= 0, "must not be negative"))
     for name in ("clip_low", "prompt_dropout", "filter_quantile"):
         rules.append((name, 0 <= getattr(c, name) < 1, "must be at least 0 and below 1"))
-    steps = f"must lie in 1..{N}: every step reveals a token, and there are {N}"
+    for name, known in (("transition", TRANSITIONS), ("optimizer", OPTIMIZERS)):
+        rules.append((name, getattr(c, name) in known, f"is unknown; choose of {[*known]}"))
     rules += [
-        ("reward", c.reward in rewards.REWARDS, f"is unknown; choose of {[*rewards.REWARDS]}"),
-        ("transition", c.transition in TRANSITIONS, f"is unknown; choose of {[*TRANSITIONS]}"),
         ("group_size", c.group_size >= 2, "is too small: an advantage compares 2 pictures or more"),
-        ("steps", 1 <= c.steps <= N, steps),
-        ("eval_steps", 1 <= c.eval_steps <= N, steps),
         ("score_steps", abs(c.score_steps) <= c.steps, f"is more than the {c.steps} of --steps"),
         ("width", c.width > 0 and c.width % 16 == 0, "must be a multiple of 16, the head size"),
         ("lr", 0 < c.lr < 1, "must lie between 0 and 1; 1e-3 suits a small policy, 3e-6 Show-o"),
         ("pretrain_lr", 0 < c.pretrain_lr < 1, "must lie between 0 and 1"),
         ("max_grad_norm", c.max_grad_norm > 0, "must be positive"),
-        ("eval_pictures", c.eval_pictures >= GRID_COLUMNS, f"must be at least {GRID_COLUMNS}")]
+        ("eval_pictures", c.eval_pictures >= GRID_COLUMNS, f"must be at least {GRID_COLUMNS}"),
+        ("model", not c.model or c.prompts or c.generate, "needs --prompts, a file of captions")]
     for name, good, why in rules:
         if not good:
             raise UsageError(f"{flag(name)} {getattr(c, name)} {why}")
+    N = showo_config(c.model)["num_vq_tokens"] if c.model else rewards.GRID ** 2
+    for name in ("steps", "eval_steps"):
+        if not 1 <= getattr(c, name) <= N:
+            raise UsageError(f"{flag(name)} {getattr(c, name)} must lie in 1..{N}: every step "
+                             f"reveals a token, and there are {N}")
 
 
 def pick_device(name):
@@ -759,34 +1050,109 @@ def pick_device(name):
 
 
 def claim_folder(config):
-    """Make sure of the output folder -> the checkpoint to go on from, None without --resume"""
-    path = pathlib.Path(config.out) / "checkpoint.pt"
+    """Make sure of the output folder -> state of the checkpoint to go on from, or None"""
+    out, ours = pathlib.Path(config.out), dataclasses.asdict(config)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise UsageError(f"--out {config.out} cannot be written ({error.strerror}); "
+        raise UsageError(f"--out {out} cannot be written ({error.strerror}); "
                          "choose another folder") from None
+    path = last_checkpoint(out)
     if config.resume:
-        return read_checkpoint(path)
-    if path.exists():
-        held, ours = read_checkpoint(path)["config"], dataclasses.asdict(config)
+        saved = read_checkpoint(path)
+        for name in (*BASE_SETTINGS, "model", "vq_model", "weights", "prompts", "optimizer"):
+            if ours[name] != saved["config"][name]:
+                raise UsageError(f"{flag(name)} {ours[name]} cannot be resumed, the run in {out} "
+                                 f"has {saved['config'][name]!r}; leave the flag out")
+        return saved
+    if path.exists() and not config.generate:
+        held = read_checkpoint(path)["config"]
         other = [f"{flag(name)} {held.get(name)}" for name in ours
                  if name not in ("out", "resume", "device") and ours[name] != held.get(name)]
         if other:
-            raise UsageError(f"--out {config.out} holds a run with other settings "
+            raise UsageError(f"--out {out} holds a run with other settings "
                              f"({', '.join(other)}); choose another --out, or --resume that run")
     return None
 
 
-def check_sizes(policy, saved):
-    """UsageError if a checkpoint's tensors do not fit the policy."""
-    ours = {name: tuple(tensor.shape) for name, tensor in policy.lm.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in saved["policy"].items()}
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise UsageError(f"the checkpoint is of other sizes ({name}: {theirs.get(name)}, not "
-                             f"{ours.get(name)}); resume without --width and --layers")
+def read_prompts(path):
+    """The captions of a file -> list of dicts that have a "prompt" and keep what else was there
+
+    .txt has one per line; .json is a list, .jsonl a line each, of texts or of objects with a
+    `caption` or `prompt`. UsageError if there are none.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if path.endswith(".json"):
+            items = json.loads(text)
+        else:
+            items = [json.loads(line) for line in lines] if path.endswith(".jsonl") else lines
+        records = [{"prompt": item} if isinstance(item, str) else
+                   {**item, "prompt": item["prompt" if "prompt" in item else "caption"]}
+                   for item in items]
+        if not all(isinstance(record["prompt"], str) for record in records):
+            raise TypeError
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no text in UTF-8; give .txt, .json or .jsonl") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is no valid JSON ({error})") from None
+    except (KeyError, TypeError):
+        raise UsageError(f"{path} must hold texts, or objects with a text `caption` or `prompt`"
+                         ) from None
+    if not records:
+        raise UsageError(f"{path} holds no caption")
+    return records
+
+
+def caption_sides(config):
+    """The captions trained on, and those held out -> 2 dicts, category -> list[str]
+
+    Of a file a tenth is held out, 64 at most, chosen by a checksum: the same ones in every run.
+    """
+    if not config.prompts:
+        return [rewards.captions(heldout=False), rewards.captions(heldout=True)]
+    prompts = list(dict.fromkeys(record["prompt"] for record in read_prompts(config.prompts)))
+    if len(prompts) < 2:
+        raise UsageError(f"{config.prompts} needs two captions: one to train on, one to hold out")
+    prompts.sort(key=lambda prompt: zlib.crc32(prompt.encode()))
+    held = min(64, -(-len(prompts) // 10))
+    return [{"captions": prompts[held:]}, {"captions": prompts[:held]}]
+
+
+def base_policy(config, device, prompts):
+    """The policy before any reinforcement learning -> Policy, seconds of pretraining"""
+    if config.model:
+        policy = load_showo(config.model, config.vq_model, config.weights or None, device)
+    else:
+        policy = shapes_policy(config).to(device)
+        if config.weights:
+            load_weights(policy.lm, read_tensors(config.weights), "showo.", config.weights)
+    room = policy.max_text - 2                      # for words, beside task, begin and end
+    cut = sum(len(policy.tokenize(prompt)) > room for prompt in prompts)
+    if cut:
+        print(f"{cut} of {len(prompts)} captions are longer than {room} tokens, and are cut")
+    if config.checkpointing:
+        enable = getattr(policy.lm, "activation_checkpointing_enable", None)    # its newer name
+        (enable or policy.lm.gradient_checkpointing_enable)()
+    return policy, 0.0 if config.model or config.weights else load_base(policy, config)
+
+
+OPTIMIZERS = ("adamw", "adafactor")
+
+
+def make_optimizer(policy, config):
+    """AdamW, or torch's Adafactor with a learning rate of the same meaning -> Optimizer"""
+    groups = [{"params": [p for p in policy.lm.parameters() if p.dim() > 1]},
+              {"params": [p for p in policy.lm.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    if config.optimizer == "adafactor":     # eps: steps of size lr, not of lr * size of the weight
+        return torch.optim.Adafactor(groups, config.lr, eps=(None, 1.0), foreach=False,
+                                     weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=config.weight_decay,
+                             fused=policy.device.type == "cuda")
 
 
 class Interrupt:
@@ -809,32 +1175,35 @@ class Interrupt:
 
 def train(config: Config):
     """Base, Mask-GRPO, comparison -> the closing numbers, or None if Ctrl-C ended the run early"""
-    check(config, N=rewards.GRID ** 2)
+    check(config)
     device, saved, out = pick_device(config.device), claim_folder(config), pathlib.Path(config.out)
-    policy, reward = shapes_policy(config).to(device), rewards.REWARDS[config.reward]
-    measure = rewards.MEASURES.get(config.reward, reward)
-    if saved:
-        check_sizes(policy, saved)
-    sides = [rewards.captions(heldout=False), rewards.captions(heldout=True)]
+    sides = caption_sides(config)
     most = max(map(len, sides[0].values()))     # all categories equally often, whatever their size
     prompts = [captions[i % len(captions)] for captions in sides[0].values() for i in range(most)]
-    pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters | {device} | "
-          f"{torch.get_default_dtype()} | seed {config.seed} | per update {pictures} pictures, "
-          f"{pictures * scored} transitions, {config.inner_epochs} optimizer step(s)", flush=True)
+    try:
+        reward = rewards.load_reward(config.reward, device)
+    except ValueError as error:
+        raise UsageError(f"--reward {error}") from None
+    measure = rewards.MEASURES.get(config.reward, reward)
 
-    # the base, and a frozen copy of it for the KL
-    pretrain_seconds = load_base(policy, config)
+    # the base, and a frozen copy of it for the KL; the reward is tried before it costs anything
+    policy, pretrain_seconds = base_policy(config, device, prompts)
+    tried = policy.decode(torch.zeros(2, policy.num_tokens, dtype=torch.long, device=device))
+    judge(reward, to_images(tried), prompts[:2])
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
-    decay = [{"params": [p for p in policy.parameters() if p.dim() > 1]},
-             {"params": [p for p in policy.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(decay, config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
+    pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
+    print(f"{sum(p.numel() for p in policy.lm.parameters()):,} parameters | {device} | "
+          f"{torch.bfloat16 if device.type == 'cuda' else torch.float32} | seed {config.seed} | "
+          f"per update {pictures} pictures, {pictures * scored} transitions, "
+          f"{config.inner_epochs} optimizer step(s)", flush=True)
+    optimizer = make_optimizer(policy, config)
     factor = warmup_cosine(config.warmup, config.updates)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator(device).manual_seed(config.seed)
     sample_filter = SampleFilter(config.filter_quantile)
     if saved:
-        policy.lm.load_state_dict(saved["policy"])
+        path = last_checkpoint(out)
+        load_weights(policy.lm, read_tensors(path), "showo.", path)
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         generator.set_state(saved["generator"])
@@ -856,17 +1225,17 @@ def train(config: Config):
                    "ratio": 1.0, "clip": 0.0, "kl": 0.0, "grad": 0.0, "loss": 0.0}
 
             # paint and judge; then, unless every group vanished, weigh each picture and learn
-            texts, path, kept, painted = sample_groups(
-                policy, reward, prompts, sample_filter, config, generator)
-            advantage = group_advantage(kept).flatten().to(device)              # (B,)
             try:
+                texts, path, kept, painted = sample_groups(
+                    policy, reward, prompts, sample_filter, config, generator)
+                advantage = group_advantage(kept).flatten().to(device)          # (B,)
                 if texts:
                     prompt_ids = policy.encode(texts)                           # (B, L_text)
                     row |= learn(policy, reference, optimizer, prompt_ids, path, advantage, config)
-            except RunError as error:
-                last = "checkpoint.pt" if (out / "checkpoint.pt").exists() else "base.pt"
-                raise RunError(f"update {update}: {error}; the last good state is "
-                               f"{out / last}") from None
+            except (RunError, UsageError) as error:
+                last = last_checkpoint(out)
+                raise type(error)(f"update {update}: {error}; the last good state is "
+                                  f"{last if last.exists() else 'the base'}") from None
             schedule.step()
             row |= {"reward": float(painted.mean()), "live": int((kept.std(1) > 0).sum()),
                     "reward_se": float(painted.std() / painted.numel() ** 0.5),
@@ -887,11 +1256,10 @@ def train(config: Config):
             print(log_line(row, config, mean_seconds * (config.updates - update)), flush=True)
 
             if look or interrupt.asked:
-                write_checkpoint(out / "checkpoint.pt", {
-                    "config": dataclasses.asdict(config), "policy": policy.lm.state_dict(),
-                    "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                    "generator": generator.get_state(), "filter": list(sample_filter.history),
-                    "base": base, "rows": rows})
+                write_checkpoint(out / "checkpoint", policy, {
+                    "config": dataclasses.asdict(config), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(), "generator": generator.get_state(),
+                    "filter": list(sample_filter.history), "base": base, "rows": rows})
             if interrupt.asked:
                 print(f"stopped after update {update}; go on with: "
                       f"python mask_grpo.py --resume --out {config.out}")
@@ -910,8 +1278,50 @@ def train(config: Config):
     return numbers
 
 
+def generate(config: Config):
+    """Paint the captions of a file in the layout that GenEval's evaluator reads -> pictures painted
+
+    out/generated/00000/metadata.jsonl, .../00000/samples/0000.png, ... Pictures that are there
+    already stay, and each has its own noise: stopped and started again, the outcome is the same.
+    """
+    check(config)
+    device, saved = pick_device(config.device), claim_folder(config)
+    records, folder = read_prompts(config.generate), pathlib.Path(config.out) / "generated"
+    names = ("model", "weights", "seed", "samples", "eval_steps", "guidance", "temperature")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"captions": zlib.crc32(json.dumps(records).encode()),
+                 "update": len(saved["rows"]) if saved else 0}
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise UsageError(f"{folder} holds pictures of other settings (see {note}); "
+                         "choose another --out, or move them away")
+    policy, _ = base_policy(config, device, [record["prompt"] for record in records])
+    if saved:
+        path = last_checkpoint(config.out)
+        load_weights(policy.lm, read_tensors(path), "showo.", path)
+    folder.mkdir(exist_ok=True)
+    note.write_text(json.dumps(settings))
+    painted = 0
+    for i, record in enumerate(tqdm(records, unit="caption")):
+        samples = folder / f"{i:05d}" / "samples"
+        files = [samples / f"{j:04d}.png" for j in range(config.samples)]
+        if all(file.exists() for file in files):
+            continue
+        samples.mkdir(parents=True, exist_ok=True)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+        generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + i)
+        path = paint(policy, [record["prompt"]] * config.samples, config, config.eval_steps,
+                     generator, config.guidance)
+        for file, image in zip(files, to_images(policy.decode(path.tokens))):
+            image.save(file.with_suffix(".partial"), "png")
+            os.replace(file.with_suffix(".partial"), file)
+        painted += len(files)
+    print(f"{painted} pictures painted, {config.samples * len(records)} in {folder}")
+    return painted
+
+
 # --------------------------------------------------------------------------------------------------
-# 11. The command line.
+# 12. The command line.
 
 
 def parse(argv) -> Config:
@@ -922,8 +1332,9 @@ def parse(argv) -> Config:
     for field in dataclasses.fields(Config):
         how = {"type": field.type, "metavar": field.type.__name__}
         if field.type is bool:
-            how = {"action": "store_true"}
-        text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
+            how = {"action": argparse.BooleanOptionalAction}
+        preset = f"; with --model: {SHOWO[field.name]}" if field.name in SHOWO else ""
+        text = f"{comments[field.name]} (default: {field.default}{preset})".replace("%", "%%")
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **how)
 
     def one_line(message):
@@ -933,21 +1344,31 @@ def parse(argv) -> Config:
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         out = given.get("out", Config.out)
-        saved = read_checkpoint(pathlib.Path(out) / "checkpoint.pt")["config"]
+        saved = read_checkpoint(last_checkpoint(out))["config"]
         given = {**saved, "device": Config.device, "out": out, **given}
+    elif given.get("model"):
+        given = {**SHOWO, **given}
     return Config(**given)
 
 
 def main(argv=None):
     """Run a command line -> exit status: 0 done, 1 broken, 2 wrong command, 130 Ctrl-C"""
     try:
-        return 0 if train(parse(argv)) else 130
+        config = parse(argv)
+        if config.generate:
+            generate(config)
+            return 0
+        return 0 if train(config) else 130
+    except torch.OutOfMemoryError:
+        print("mask_grpo.py: out of memory; lower --rollout-batch and --micro-batch, add "
+              "--checkpointing, or try --optimizer adafactor; what was saved is intact, go on "
+              "with --resume", file=sys.stderr)
+        return 1
     except (UsageError, RunError) as error:
         print(f"mask_grpo.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("\nmask_grpo.py: stopped; a finished base and the last checkpoint are kept",
-              file=sys.stderr)
+        print("\nmask_grpo.py: stopped; what was finished before is kept", file=sys.stderr)
         return 130
 
 

@@ -2,9 +2,10 @@
 """Rewards for Mask-GRPO: what a good picture is.
 
 A reward is any callable (images: list[PIL.Image], prompts: list[str]) -> float tensor (B,), a score
-per picture, larger is better. It sees neither tokens nor logits, so it can judge any policy.
+per picture, larger is better. It sees neither tokens nor logits, so it can judge any policy. For
+real pictures there are CLIP and its relatives (section 4); `load_reward` finds them all by name.
 
-This file holds the *shapes world*, where a picture can be judged exactly. A picture is a lattice of
+The rest is the *shapes world*, where a picture can be judged exactly. A picture is a lattice of
 3 x 3 cells, each empty or holding one object, and an object is drawn by 2 x 2 tiles: 6 x 6 tokens.
 Captions ask for the six things that GenEval asks for (Ghosh et al., 2023): a single object, two
 objects, a count, a colour, a position, and colours bound to objects. No single token is difficult.
@@ -12,13 +13,18 @@ The difficulty is that tokens must agree, which is what painting many at once br
 
 Dims: B pictures of 48 x 48 pixels, N = 36 tokens, K = 49 codes: background and 12 objects x 4.
 """
+import importlib
 import itertools
 import math
+import os
 import random
+import sys
+import textwrap
 import zlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 # --------------------------------------------------------------------------------------------------
@@ -218,6 +224,106 @@ def shapes_right(images, prompts):
     return (shapes_reward(images, prompts) == 1).float()
 
 
-REWARDS = {"shapes": shapes_reward}
+# --------------------------------------------------------------------------------------------------
+# 4. Judges of real pictures. All are CLIPs: one network for pictures, one for texts, and the score
+#    is the cosine between what the two make of a picture and its caption.
+
+
+class ClipReward:
+    """scale * cosine under a CLIP of open_clip. Used as a function: images, prompts -> (B,) float32
+
+    model: one of open_clip's; pretrained: its tag, or a checkpoint file. scale None is the model's
+    own, the paper's reward. bf16 on a GPU; cosine and score are float32 everywhere.
+    """
+
+    def __init__(self, device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
+        import open_clip                            # seconds of import that other rewards save
+        if model not in open_clip.list_models():
+            raise ValueError(f"open_clip knows no model {model!r}; `open_clip.list_models()` does")
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained not in tags and not os.path.isfile(pretrained):
+            raise ValueError(f"{pretrained!r} is no file, nor weights of {model}; "
+                             f"choose of {', '.join(tags)}")
+        self.device, self.batch = torch.device(device), 32
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+            model, pretrained, precision, self.device)
+        self.model.eval().requires_grad_(False)
+        self.tokenize = open_clip.get_tokenizer(model)      # cuts at 77 tokens and keeps the last
+        self.scale = self.model.logit_scale.float().exp() if scale is None else scale
+
+    def features(self, images, prompts):
+        """What the two networks make of pictures and texts -> (B, D), (B, D)"""
+        pixels = torch.stack([self.preprocess(image) for image in images])      # (B, 3, H, W)
+        text = self.tokenize(prompts).to(self.device)                           # (B, 77)
+        return (self.model.encode_image(pixels.to(self.device, self.dtype)),
+                self.model.encode_text(text))
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        scores = []
+        for i in range(0, len(images), self.batch):
+            pair = self.features(images[i:i + self.batch], list(prompts[i:i + self.batch]))
+            scores.append(self.scale * F.cosine_similarity(*(x.float() for x in pair)))
+        return torch.cat(scores).cpu()
+
+
+class PickScore(ClipReward):
+    """PickScore v1 (Kirstain et al., 2023): a CLIP-H tuned on people's choices, of transformers.
+
+    model, processor: hub ids or local folders; the published weights come without a processor.
+    """
+
+    def __init__(self, device, model="yuvalkirstain/PickScore_v1",
+                 processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+        from transformers import CLIPModel, CLIPProcessor
+        self.device, self.batch = torch.device(device), 32
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.processor = CLIPProcessor.from_pretrained(processor)
+        self.model = CLIPModel.from_pretrained(model, dtype=self.dtype).to(device)
+        self.model.eval().requires_grad_(False)
+        self.scale = self.model.logit_scale.float().exp()
+
+    def features(self, images, prompts):
+        """As above, with the texts cut and padded to 77 tokens -> (B, D), (B, D)"""
+        inputs = self.processor(text=prompts, images=images, return_tensors="pt", truncation=True,
+                                padding="max_length", max_length=77).to(self.device)
+        output = self.model(**inputs | {"pixel_values": inputs["pixel_values"].to(self.dtype)})
+        return output.image_embeds, output.text_embeds
+
+
+def hpsv2(device, model="ViT-H-14", pretrained=None):
+    """HPS v2.1 (Wu et al., 2023): again a CLIP-H; its score is the bare cosine -> ClipReward"""
+    if pretrained is None:
+        from huggingface_hub import hf_hub_download
+        pretrained = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    return ClipReward(device, model, pretrained, scale=1.0)
+
+
+# name -> what makes the reward: (device, *arguments) -> callable. `--reward clip:ViT-B-32:openai`
+# gives its arguments after colons. Another CLIP is another line.
+REWARDS = {"shapes": lambda device: shapes_reward, "clip": ClipReward, "hpsv2": hpsv2,
+           "pickscore": PickScore}
 # What evaluation reports in place of a reward, where there is something better to know.
 MEASURES = {"shapes": shapes_right}
+
+
+def load_reward(spec, device="cpu"):
+    """NAME or NAME:ARGUMENT:... of REWARDS, or MODULE:FUNCTION of the reader's own -> reward
+
+    ValueError, in one line, for what cannot be found or loaded.
+    """
+    name, *arguments = spec.split(":", 2)
+    if name not in REWARDS and len(arguments) != 1:
+        raise ValueError(f"{spec} is unknown; choose of {', '.join(REWARDS)} or MODULE:FUNCTION")
+    try:
+        if name in REWARDS:
+            return REWARDS[name](device, *arguments)
+        sys.path.append(os.getcwd())
+        return getattr(importlib.import_module(name), arguments[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:          # no network, a damaged file, an error in the reader's code
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise ValueError(f"{spec} cannot be loaded, {why}") from None

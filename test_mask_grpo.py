@@ -7,6 +7,7 @@ formula: a calculation by hand, an enumeration, a simulation of the sampler, fin
 import csv
 import dataclasses
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -19,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PhiConfig, PreTrainedTokenizerFast
 
 import mask_grpo as M
 import reward as R
@@ -802,7 +806,7 @@ def red(images, prompts):
 @pytest.fixture(autouse=True)
 def red_reward(monkeypatch):
     """Let every test of this file use it by name."""
-    monkeypatch.setitem(R.REWARDS, "red", red)
+    monkeypatch.setitem(R.REWARDS, "red", lambda device: red)
 
 
 def flags(**settings):
@@ -811,21 +815,28 @@ def flags(**settings):
     return [word for name in settings for word in (M.flag(name), str(settings[name]))]
 
 
+def saved(folder):
+    """The checkpoint of an output folder: what state.pt holds, and the weights as "policy"."""
+    weights = load_file(folder / "checkpoint" / "pytorch_model.safetensors")
+    return {**torch.load(folder / "checkpoint" / "state.pt"), "policy": weights}
+
+
 def run(folder, **settings):
     """Train at TINY settings -> closing numbers, checkpoint, rows of metrics.csv."""
     numbers = M.train(tiny(out=str(folder), **settings))
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return numbers, torch.load(folder / "checkpoint.pt", weights_only=True), rows
+    return numbers, saved(folder), rows
 
 
 def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     """Checkpoint, table of updates, pictures; a line per update, a table, a closing block."""
     numbers, _, rows = run(tmp_path, eval_every=1)
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
-    assert left == ["base.pt", "checkpoint.pt", "comparison.png", "metrics.csv",
-                    os.path.join("samples", "update_00001.png"),
-                    os.path.join("samples", "update_00002.png")]
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    policies = [f"{folder}/{name}" for folder in ("base", "checkpoint")
+                for name in ("config.json", "pytorch_model.safetensors", "state.pt")]
+    assert left == [*policies, "comparison.png", "metrics.csv",
+                    "samples/update_00001.png", "samples/update_00002.png"]
     size = Image.open(tmp_path / "comparison.png").size             # 6 rows of 4 pairs of 96 x 96
     assert size == (4 * (2 * 96 + 28) + 12, 6 * (96 + 48) + 30)
     assert [int(row["update"]) for row in rows] == [1, 2] and list(rows[0]) == list(M.COLUMNS)
@@ -862,12 +873,17 @@ OTHER = dict(
     prompt_dropout=0.9, steps=3, eval_steps=3, temperature=0.0, guidance=3.0, transition="p2",
     updates=3, groups=3, group_size=3, inner_epochs=2, length_normalize=True, clip_low=0.5,
     clip_high=0.0, beta=1.0, score_steps=1, filter_quantile=0.0, filter_tries=0, lr=1e-3, warmup=3,
-    weight_decay=0.9, max_grad_norm=0.01, eval_pictures=5)
+    optimizer="adafactor", weight_decay=0.9, max_grad_norm=0.01, eval_pictures=5)
 # ... and the test of each that changes none.
 ELSEWHERE = dict(
     out="test_a_run_leaves_what_it_promises", eval_every="test_a_run_leaves_what_it_promises",
     resume="test_resuming_equals_never_having_stopped", device="test_bad_input_is_one_line",
-    micro_batch="test_micro_batches_never_change_the_gradient")
+    micro_batch="test_micro_batches_never_change_the_gradient",
+    rollout_batch="test_rollout_batches_never_change_the_pictures",
+    checkpointing="test_checkpointing_computes_twice_and_changes_nothing",
+    model="test_show_o_from_folders_end_to_end", vq_model="test_show_o_from_folders_end_to_end",
+    prompts="test_show_o_from_folders_end_to_end", weights="test_other_weights_replace_the_base",
+    generate="test_generating_in_genevals_layout", samples="test_generating_in_genevals_layout")
 # Clipping acts in later epochs only, a KL matters in later updates, the filter after 32 groups.
 OCCASION = dict(
     clip_low=dict(inner_epochs=3, lr=3e-2), clip_high=dict(inner_epochs=3, lr=3e-2),
@@ -950,20 +966,20 @@ def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys):
     count = itertools.count(1)
 
     def red_and_ctrl_c(images, prompts):
-        if next(count) == 3:                                        # an evaluation and 2 updates
+        if next(count) == 4:                            # a trial, an evaluation and 2 updates
             signal.raise_signal(signal.SIGINT)
         return red(images, prompts)
 
-    monkeypatch.setitem(R.REWARDS, "red", red_and_ctrl_c)
+    monkeypatch.setitem(R.REWARDS, "red", lambda device: red_and_ctrl_c)
     assert M.main(flags(out=cut, **settings)) == 130
     out = capsys.readouterr().out
     assert "stopped after update 2; go on with: python mask_grpo.py --resume --out" in out
     with open(cut / "metrics.csv", "a") as file:
         file.write("3,0.5\r\n")
 
-    monkeypatch.setitem(R.REWARDS, "red", red)
+    monkeypatch.setitem(R.REWARDS, "red", lambda device: red)
     assert M.main(["--resume", "--out", str(cut)]) == 0
-    resumed = torch.load(cut / "checkpoint.pt", weights_only=True)
+    resumed = saved(cut)
     assert same(whole["policy"].values(), resumed["policy"].values())
     states = (checkpoint["optimizer"]["state"].values() for checkpoint in (whole, resumed))
     assert all(same(one.values(), two.values()) for one, two in zip(*states, strict=True))
@@ -989,39 +1005,627 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
 
     config = tiny(out=str(tmp_path))
     M.load_base(M.shapes_policy(config), config)
-    monkeypatch.setitem(R.REWARDS, "red", impatient)
+    monkeypatch.setitem(R.REWARDS, "red", lambda device: impatient)
     assert M.main(flags(out=tmp_path, reward="red")) == 130
-    assert "a finished base and the last checkpoint are kept" in capsys.readouterr().err
+    assert "what was finished before is kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch):
-    """Half a file has been written when the end comes."""
-    path = tmp_path / "checkpoint.pt"
-    M.write_checkpoint(path, {"policy": 1})
+    """Half a file has been written when the end comes, or one of two renames is done."""
+    policy, path = M.shapes_policy(tiny()), tmp_path / "checkpoint"
+    M.write_checkpoint(path, policy, {"n": 1})
 
     def killed(state, target):
         pathlib.Path(target).write_bytes(b"half")
         raise KeyboardInterrupt
 
+    save = torch.save
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        M.write_checkpoint(path, {"policy": 2})
-    assert M.read_checkpoint(path) == {"policy": 1}
+        M.write_checkpoint(path, policy, {"n": 2})
+    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 1}
+
+    replace, count = os.replace, itertools.count(1)
+
+    def killed_between(source, target):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(os, "replace", killed_between)
+    with pytest.raises(KeyboardInterrupt):
+        M.write_checkpoint(path, policy, {"n": 3})
+    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 1}
+    monkeypatch.setattr(os, "replace", replace)
+    M.write_checkpoint(path, policy, {"n": 4})
+    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("update, bad, last", [(1, 1, "base.pt"), (2, 3, "checkpoint.pt")])
-def test_a_number_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys, update, bad, last):
-    """Update, quantity and last good state are named; batches 0 and 2 are evaluations."""
-    count = itertools.count()
-
-    def sometimes_nan(images, prompts):
-        return red(images, prompts) * (math.nan if next(count) == bad else 1)
-
-    monkeypatch.setitem(R.REWARDS, "red", sometimes_nan)
+@pytest.mark.parametrize("update, last", [(1, "the base"), (2, "checkpoint")])
+def test_a_number_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys, update, last):
+    """Update, quantity and last good state are named."""
+    count, original = itertools.count(1), M.group_advantage
+    monkeypatch.setattr(M, "group_advantage", lambda reward: original(reward) * (
+        math.nan if next(count) == update else 1))
     assert M.main(flags(out=tmp_path, reward="red", eval_every=1)) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"update {update}: the loss is nan" in error and last in error
+
+
+def test_out_of_memory_says_which_knobs_to_turn(tmp_path, monkeypatch, capsys):
+    """One line, and the checkpoint of the update before is whole."""
+    count, original = itertools.count(1), M.learn
+
+    def too_large(*arguments):
+        if next(count) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(M, "learn", too_large)
+    assert M.main(flags(out=tmp_path, reward="red", eval_every=1)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--rollout-batch and --micro-batch" in error
+    monkeypatch.setattr(M, "learn", original)
+    assert len(saved(tmp_path)["rows"]) == 1
+    assert M.main(["--resume", "--out", str(tmp_path)]) == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Show-o: small ones in the published layout, made here
+
+
+WORDS = ["<|endoftext|>", "a", "cat", "dog", "house", "of", "bread", "and", "red", "tall", "old"]
+CAPTIONS = ["a cat", "a dog", "a house", "a red cat", "a tall house of bread", "a cat and a dog",
+            "an old dog", "a red house and a tall dog", "bread", "a dog of bread"]
+
+
+def showo_tensors(policy):
+    """Its state dict under the published names."""
+    return {f"showo.{name}": tensor for name, tensor in policy.lm.state_dict().items()}
+
+
+def write_showo(folder, codebook_size=32):
+    """Language model, Show-o, MAGVIT-v2 and a CLIP of random weights -> dict of paths as str."""
+    import open_clip
+    paths = {name: folder / name for name in ("llm", "showo", "magvit")}
+    for path in paths.values():
+        path.mkdir(parents=True)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)},
+                                           unk_token=WORDS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=WORDS[0], eos_token=WORDS[0],
+                            unk_token=WORDS[0]).save_pretrained(paths["llm"])
+    PhiConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+              num_attention_heads=2).save_pretrained(paths["llm"])
+
+    torch.manual_seed(0)
+    vocabulary = len(WORDS) + 10 + codebook_size + 1
+    phi = PhiConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=64,
+                    num_hidden_layers=2, num_attention_heads=2, qk_layernorm=True,
+                    initializer_range=0.3)
+    policy = M.Policy(phi, None, 0, None, 16, codebook_size)
+    (paths["showo"] / "config.json").write_text(json.dumps(dict(
+        _class_name="Showo", w_clip_vit=False, vocab_size=vocabulary, llm_vocab_size=len(WORDS),
+        llm_model_path=str(paths["llm"]), codebook_size=codebook_size, num_vq_tokens=16)))
+    save_file(showo_tensors(policy), paths["showo"] / "pytorch_model.safetensors")
+
+    decoder = {f"decoder.{n}": t for n, t in M.MagvitDecoder(width=32).state_dict().items()}
+    torch.save({**decoder, "encoder.conv_in.bias": torch.zeros(3),
+                "quantize.embedding": torch.zeros(8, 3)}, paths["magvit"] / "pytorch_model.bin")
+
+    paths["clip"], paths["config"] = folder / "clip.pt", folder / "tiny-clip.json"
+    paths["config"].write_text(json.dumps(dict(
+        embed_dim=16,
+        text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=1, layers=1),
+        vision_cfg=dict(image_size=32, patch_size=16, width=32, head_width=16, layers=1))))
+    open_clip.add_model_config(paths["config"])
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), paths["clip"])
+    paths["prompts"] = folder / "captions.txt"
+    paths["prompts"].write_text("\n".join(CAPTIONS) + "\n")
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def showo(tmp_path_factory):
+    """One for the tests that only read it."""
+    return write_showo(tmp_path_factory.mktemp("published"))
+
+
+def showo_flags(showo, out, *more):
+    """A short run of it on the CPU."""
+    return ["--model", showo["showo"], "--vq-model", showo["magvit"], "--prompts", showo["prompts"],
+            "--reward", f"clip:tiny-clip:{showo['clip']}", "--steps", "4", "--eval-steps", "4",
+            "--updates", "2", "--groups", "2", "--group-size", "2", "--lr", "1e-3", "--warmup", "1",
+            "--eval-pictures", "4", "--device", "cpu", "--out", str(out), *more]
+
+
+def refused(capsys, *words):
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    assert M.main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("mask_grpo.py: ")
+    return error
+
+
+def test_show_o_from_folders_end_to_end(showo, tmp_path, monkeypatch, capsys):
+    """4 updates; and 2, Ctrl-C, --resume: equal. What was saved is a --model of equal logits."""
+    assert M.main(showo_flags(showo, tmp_path / "whole", "--updates", "4")) == 0
+    out = capsys.readouterr().out
+    assert "captions" in out and "heldout_trained: " in out
+    count, original = itertools.count(1), R.ClipReward.__call__
+
+    def stop(self, images, prompts):
+        if next(count) == 4:                            # a trial, an evaluation and 2 updates
+            signal.raise_signal(signal.SIGINT)
+        return original(self, images, prompts)
+
+    monkeypatch.setattr(R.ClipReward, "__call__", stop)
+    assert M.main(showo_flags(showo, tmp_path / "cut", "--updates", "4")) == 130
+    monkeypatch.undo()
+    assert M.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "cut")]) == 0
+    whole, cut = saved(tmp_path / "whole"), saved(tmp_path / "cut")
+    assert same(whole["policy"].values(), cut["policy"].values())
+    assert timeless(whole["rows"]) == timeless(cut["rows"]) and len(cut["rows"]) == 4
+
+    published = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
+    assert published.keys() == cut["policy"].keys() and not same(published.values(),
+                                                                 cut["policy"].values())
+    again = M.load_showo(str(tmp_path / "cut" / "checkpoint"), showo["magvit"])
+    trained = M.load_showo(showo["showo"], showo["magvit"])
+    trained.lm.load_state_dict({n.removeprefix("showo."): t for n, t in cut["policy"].items()})
+    ids, tokens = again.encode(["a red cat"]), torch.full((1, 16), 32)
+    assert torch.equal(again(ids, tokens), trained(ids, tokens))
+
+
+def test_with_a_model_the_defaults_are_the_papers(showo):
+    """And a flag overrides each."""
+    config = M.parse(["--model", "showlab/show-o-512x512", "--prompts", "x.txt"])
+    assert (config.group_size, config.groups, config.steps, config.eval_steps, config.lr,
+            config.weight_decay, config.clip_low, config.clip_high, config.transition, config.beta,
+            config.guidance, config.temperature, config.reward, config.filter_quantile) == (
+                6, 16, 50, 50, 3e-6, 0.02, 0.1, 0.2, "p1", 0, 5, 1, "clip", 0.1)
+    config = M.parse(["--model", "x", "--group-size", "4", "--no-checkpointing"])
+    assert config.group_size == 4 and not config.checkpointing and config.steps == 50
+
+
+def test_full_size_has_the_published_names_shapes_and_counts():
+    """Without storage: 437 tensors and 1,448,176,770 numbers, 190 and 39,947,833 in the decoder."""
+    with torch.device("meta"):
+        policy = M.Policy(PhiConfig(vocab_size=58498, qk_layernorm=True), None, 50256,
+                          M.MagvitDecoder(), 1024, 8192)
+    weights, decoder = showo_tensors(policy), policy.decoder.state_dict()
+    assert len(weights) == 437 and sum(t.numel() for t in weights.values()) == 1_448_176_770
+    assert len(decoder) == 190 and sum(t.numel() for t in decoder.values()) == 39_947_833
+    for name, shape in {
+            "showo.model.embed_tokens.weight": (58498, 2048), "showo.lm_head.bias": (58498,),
+            "showo.model.layers.23.self_attn.q_layernorm.weight": (64,),
+            "showo.model.layers.0.self_attn.dense.weight": (2048, 2048),
+            "showo.model.layers.11.mlp.fc2.weight": (2048, 8192),
+            "showo.model.final_layernorm.bias": (2048,)}.items():
+        assert weights[name].shape == shape
+    for name, shape in {
+            "post_quant_conv.weight": (13, 13, 1, 1), "conv_in.weight": (512, 13, 3, 3),
+            "mid.attn_1.proj_out.weight": (512, 512, 1, 1), "up.4.upsample.conv.bias": (512,),
+            "up.3.block.0.nin_shortcut.weight": (256, 512, 1, 1), "up.0.block.3.norm2.bias": (128,),
+            "up.1.block.0.conv1.weight": (128, 256, 3, 3),
+            "conv_out.weight": (3, 128, 3, 3)}.items():
+        assert decoder[name].shape == shape
+    assert sum("nin_shortcut" in name for name in decoder) == 4     # two weights and their biases
+    assert (policy.pad_id, policy.soi_id, policy.eoi_id, policy.t2i_id, policy.offset) == (
+        50295, 50296, 50297, 50300, 50305)
+
+
+def test_prompts_of_show_o_are_laid_out_and_padded_to_the_longest(showo):
+    """llm_vocab_size 11: pad is 11, t2i 16; bos and end are the tokenizer's."""
+    policy = M.load_showo(showo["showo"], showo["magvit"])
+    assert policy.encode(["a cat", ""]).tolist() == [[16, 0, 1, 2, 0], [11, 11, 16, 0, 0]]
+    assert len(policy.encode(["cat " * 300])[0]) == 129
+
+
+def test_codes_become_bits_highest_first_and_grids_need_not_be_square():
+    """0 is all -1, 1 ends in 1, 4096 begins with it; 2 x 3 codes become 32 x 48 pixels."""
+    decoder, seen = M.MagvitDecoder(width=32), []
+    decoder.post_quant_conv.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    codes = torch.tensor([[[0, 1, 4096], [8191, 5, 0]]])
+    picture = decoder(codes)
+    assert picture.shape == (1, 3, 32, 48)
+    bits = seen[0][0].permute(1, 2, 0)                                          # (2, 3, 13)
+    expected = [[f"{code:013b}" for code in row] for row in codes[0].tolist()]
+    for i, j in itertools.product(range(2), range(3)):
+        assert bits[i, j].tolist() == [1 if bit == "1" else -1 for bit in expected[i][j]]
+    moved = decoder(torch.tensor([[[0, 1, 4096], [8191, 5, 1]]]))
+    assert not torch.equal(moved, picture)
+
+
+def test_decoding_in_chunks_changes_nothing(showo, monkeypatch):
+    """300 pictures of 16 tokens do not fit into one chunk."""
+    policy, chunks = M.load_showo(showo["showo"], showo["magvit"]), []
+
+    class White(torch.nn.Module):
+        """Code 0 is gray, all others are white."""
+
+        def forward(self, codes):
+            """codes (B, h, w) -> (B, 3, h, w)"""
+            chunks.append(len(codes))
+            return codes[:, None].expand(-1, 3, -1, -1).float()
+
+    policy.decoder = White()
+    tokens = torch.randint(32, (300, 16), generator=seeded(0))
+    pictures = policy.decode(tokens)
+    assert chunks == [256, 44] and torch.equal(pictures[..., 0].flatten(1) == 255, tokens >= 1)
+
+
+@pytest.mark.parametrize("names", [
+    ["pytorch_model.safetensors"], ["model.safetensors"], ["diffusion_pytorch_model.safetensors"],
+    ["pytorch_model.bin"], ["diffusion_pytorch_model.bin"], ["shards.safetensors"], ["shards.bin"]])
+def test_every_published_file_name_is_read(showo, tmp_path, names):
+    """Whole or in shards with an index; half precision on disk is float32 here."""
+    weights = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
+    policy = M.load_showo(showo["showo"], showo["magvit"])
+    name = names[0]
+    write = save_file if name.endswith("safetensors") else torch.save
+    if name.startswith("shards"):
+        kind, half = name.removeprefix("shards"), list(weights)[::2]
+        parts = {f"pytorch_model-0000{i}-of-00002{kind}": keys for i, keys in
+                 ((1, half), (2, weights.keys() - half))}
+        for file, keys in parts.items():
+            write({key: weights[key] for key in keys}, tmp_path / file)
+        (tmp_path / f"diffusion_pytorch_model{kind}.index.json").write_text(json.dumps(
+            {"weight_map": {key: file for file, keys in parts.items() for key in keys}}))
+    else:
+        write({key: tensor.bfloat16() for key, tensor in weights.items()}, tmp_path / name)
+        weights = {key: tensor.bfloat16().float() for key, tensor in weights.items()}
+    M.load_weights(policy.lm, M.read_tensors(str(tmp_path)), "showo.", tmp_path)
+    assert same([*showo_tensors(policy).values()], [weights[key] for key in showo_tensors(policy)])
+    assert policy.lm.lm_head.weight.dtype == torch.float32
+
+
+def test_safetensors_are_preferred_to_pickles(tmp_path):
+    """Both are there."""
+    for name in ("pytorch_model.bin", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).touch()
+    assert M.fetch(str(tmp_path), *M.WEIGHT_FILES).suffix == ".safetensors"
+
+
+def test_other_weights_replace_the_base(showo, tmp_path):
+    """A plain state dict in the same names: what Mask-GRPO's authors published is one."""
+    weights = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
+    torch.save({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "mine.pth")
+    config = M.parse(showo_flags(showo, tmp_path, "--weights", str(tmp_path / "mine.pth")))
+    policy, _ = M.base_policy(config, torch.device("cpu"), CAPTIONS)
+    assert torch.equal(policy.lm.lm_head.bias, weights["showo.lm_head.bias"] + 1)
+    run(tmp_path)                                       # and of the shapes world the same way
+    config = tiny(out=str(tmp_path), weights=str(tmp_path / "checkpoint"))
+    policy, _ = M.base_policy(config, torch.device("cpu"), [])
+    assert same(saved(tmp_path)["policy"].values(), [
+        showo_tensors(policy)[name] for name in saved(tmp_path)["policy"]])
+
+
+def test_a_show_o_that_cannot_be_loaded(tmp_path, capsys, monkeypatch):
+    """Each in one line, with the first tensors that differ where it is a matter of tensors."""
+    showo, out = write_showo(tmp_path / "published"), tmp_path / "out"
+    folder = pathlib.Path(showo["showo"])
+    weights, config = load_file(folder / "pytorch_model.safetensors"), folder / "config.json"
+    words = showo_flags(showo, out)
+
+    def save(tensors):
+        save_file(tensors, folder / "pytorch_model.safetensors")
+
+    bias = "showo.lm_head.bias"
+    save({name: tensor for name, tensor in weights.items() if name != bias})
+    assert f"1 tensors differ: {bias} is missing" in refused(capsys, *words)
+    save({**weights, bias: torch.zeros(7), "foreign": torch.zeros(2)})
+    assert f"foreign (2,) is unknown here; {bias} (7,) is (54,) here" in refused(capsys, *words)
+    whole = (folder / "pytorch_model.safetensors").read_bytes()
+    (folder / "pytorch_model.safetensors").write_bytes(whole[:1000])
+    assert "truncated" in refused(capsys, *words)
+    (folder / "pytorch_model.safetensors").unlink()
+    assert "holds none of: pytorch_model.safetensors" in refused(capsys, *words)
+    torch.save({"model": weights}, folder / "pytorch_model.bin")
+    assert "model () is unknown here" in refused(capsys, *words)
+    torch.save(print, folder / "pytorch_model.bin")     # a pickle that is no tensor runs nothing
+    assert "UnpicklingError" in refused(capsys, *words)
+
+    good = json.loads(config.read_text())
+    config.write_text(json.dumps({**good, "llm_vocab_size": 12, "vocab_size": 55}))
+    assert "needs a tokenizer of 12 tokens" in refused(capsys, *words)
+    config.write_text(json.dumps({**good, "llm_model_path": str(tmp_path / "nowhere")}))
+    assert "has no tokenizer or config" in refused(capsys, *words)
+    config.write_text(json.dumps({"vocab_size": 3}))
+    assert "is not Show-o's" in refused(capsys, *words)
+    config.write_text("{")
+    assert "is not Show-o's" in refused(capsys, *words)
+    config.unlink()
+    assert "holds none of: config.json" in refused(capsys, *words)
+    assert not list(out.rglob("*.*"))
+
+
+@pytest.mark.parametrize("error, named", [
+    (M.LocalEntryNotFoundError("offline"), "the hub cannot be reached"),
+    (ValueError("Repo id must be in the form ..."), "cannot be downloaded: Repo id"),
+    (OSError("401 Client Error\nRepository Not Found"), "cannot be downloaded: 401")])
+def test_no_network_and_nothing_cached(tmp_path, capsys, monkeypatch, error, named):
+    """What the hub's client raises becomes one line."""
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
+
+    def unreachable(*_):
+        raise error
+
+    monkeypatch.setattr(M, "hf_hub_download", unreachable)
+    assert named in refused(capsys, "--model", "showlab/show-o-512x512", "--out", tmp_path / "out",
+                            "--prompts", tmp_path / "captions.txt")
+
+
+def test_rollout_batches_never_change_the_pictures(monkeypatch):
+    """Given the same noise, 5 pictures painted at once and 2, 2, 1 at a time, and gradients too."""
+    policy = M.shapes_policy(tiny())
+    noise = {t: torch.rand(5, 36, 50, generator=seeded(t)) for t in range(8)}
+    calls = itertools.count()
+
+    def fixed(shape, generator, device):
+        call = next(calls)
+        start = call // 8 * fixed.size                  # two draws in each of four steps
+        part = noise[call % 8][start:start + shape[0]]
+        return part[:, :, :shape[2]] if len(shape) == 3 else part[:, :, 0]
+
+    monkeypatch.setattr(M, "gumbel", fixed)
+    seen = []
+    for size in (1024, 2, 1):
+        calls, fixed.size = itertools.count(), size
+        config = tiny(rollout_batch=size, micro_batch=3)
+        prompts = ["a star", "two circles", "a star", "a red star", "a star and a circle"]
+        path = M.paint(policy, prompts, config, 4, None, kind="p1")
+        advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.2])
+        vector, _ = gradient(policy, config, (policy.encode(prompts), path, advantage))
+        seen.append((path, vector))
+    for path, vector in seen[1:]:
+        assert torch.equal(path.tokens, seen[0][0].tokens)
+        assert torch.equal(path.step, seen[0][0].step)
+        assert torch.allclose(vector, seen[0][1], atol=1e-6)
+
+
+def test_checkpointing_computes_twice_and_changes_nothing(policy, batch_of, monkeypatch):
+    """The same gradient; each layer runs a second time in the backward pass."""
+    batch, runs = batch_of(tiny(groups=1)), []
+    layer = policy.lm.model.layers[0].self_attn.q_proj
+    hook = layer.register_forward_hook(lambda *_: runs.append(1))
+    plain, _ = gradient(policy, tiny(groups=1), batch)
+    once = len(runs)
+    hook.remove()
+    monkeypatch.setattr(M, "load_base", lambda *_: 0.0)
+    again, _ = M.base_policy(tiny(checkpointing=True), torch.device("cpu"), [])
+    layer = again.lm.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    twice, _ = gradient(again, tiny(groups=1), batch)
+    assert torch.allclose(plain, twice, atol=1e-6) and len(runs) == 3 * once
+
+
+def test_adafactor_steps_are_of_the_size_of_the_learning_rate(policy):
+    """Not of lr times the size of the weight, as is usual for it: so --lr means the same."""
+    fresh = M.shapes_policy(tiny())
+    optimizer = M.make_optimizer(fresh, tiny(optimizer="adafactor", lr=1e-3, weight_decay=0.0))
+    before = fresh.lm.lm_head.weight.detach().clone()
+    fresh(fresh.encode(["a star"]), torch.full((1, 36), 49)).logsumexp(-1).sum().backward()
+    optimizer.step()
+    moved = (fresh.lm.lm_head.weight - before)[fresh.offset:-1]
+    assert 3e-4 < moved.pow(2).mean().sqrt() < 3e-3
+    assert all(state["row_var"].numel() < before.numel() / 8
+               for p, state in optimizer.state.items() if p is fresh.lm.lm_head.weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of captions, and pictures for other people's evaluators
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.txt", "a cat\n\n  a dog \n"), ("a.json", '["a cat", {"caption": "a dog"}]'),
+    ("a.jsonl", '{"prompt": "a cat", "tag": "x"}\n"a dog"\n'), ("bom.txt", "\ufeffa cat\na dog")])
+def test_captions_are_read_from_text_and_json(tmp_path, name, text):
+    """Blank lines and a byte order mark are no captions; what else a record holds is kept."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    records = M.read_prompts(str(tmp_path / name))
+    assert [record["prompt"] for record in records] == ["a cat", "a dog"]
+    assert ("tag" in records[0]) == (name == "a.jsonl")
+
+
+@pytest.mark.parametrize("name, data, named", [
+    ("empty.txt", b"\n \n", "holds no caption"), ("binary.txt", b"\xff\x00", "no text in UTF-8"),
+    ("broken.json", b"[", "no valid JSON"), ("fields.json", b'[{"text": "x"}]', "`caption`"),
+    ("number.jsonl", b"3\n", "`caption`"), ("number.json", b"3", "`caption`"),
+    ("nested.json", b'[{"prompt": ["a"]}]', "`caption`"),
+    ("one.txt", b"a cat\na cat\n", "needs two captions"), (None, b"", "cannot be read")])
+def test_captions_that_cannot_be_used(showo, tmp_path, capsys, monkeypatch, name, data, named):
+    """Said before any weights are loaded."""
+    monkeypatch.setattr(M, "load_showo", None)
+    path = tmp_path / (name or "nowhere.txt")
+    if name:
+        path.write_bytes(data)
+    words = showo_flags(showo, tmp_path / "out")
+    words[words.index("--prompts") + 1] = str(path)
+    assert named in refused(capsys, *words) and not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_a_fixed_tenth_of_the_captions_is_held_out(tmp_path):
+    """The same whatever their order, in no common with the rest, and doubles count once."""
+    captions = [f"picture {i}" for i in range(50)]
+    sides = []
+    for i, texts in enumerate((captions, captions[::-1] + captions[:7])):
+        (tmp_path / f"{i}.txt").write_text("\n".join(texts))
+        sides.append(M.caption_sides(tiny(prompts=str(tmp_path / f"{i}.txt"))))
+    trained, held = (side["captions"] for side in sides[0])
+    assert sides[0] == sides[1] and len(held) == 5 and sorted(trained + held) == sorted(captions)
+
+
+def test_captions_that_are_too_long_are_counted_and_cut(showo, tmp_path, capsys):
+    """126 tokens fit."""
+    config = M.parse(showo_flags(showo, tmp_path))
+    M.base_policy(config, torch.device("cpu"), ["cat " * 126, "cat " * 127, "cat " * 300])
+    assert "2 of 3 captions are longer than 126 tokens, and are cut" in capsys.readouterr().out
+
+
+def test_a_model_needs_captions_and_the_shapes_world_its_own_words(showo, tmp_path, capsys):
+    """--model without --prompts; captions of cats without --model."""
+    assert "needs --prompts" in refused(capsys, "--model", showo["showo"], "--out", tmp_path)
+    error = refused(capsys, *flags(out=tmp_path, prompts=showo["prompts"], reward="red"))
+    assert "does not know the words" in error and "--model" in error
+
+
+def test_generating_in_genevals_layout(showo, tmp_path, capsys):
+    """Folders, metadata and pictures; what is there stays; what is missing comes back the same."""
+    lines = [{"tag": "single", "include": [{"class": "cat"}], "prompt": "a cat"},
+             {"tag": "single", "include": [{"class": "dog"}], "prompt": "a dog"}]
+    metadata = tmp_path / "evaluation_metadata.jsonl"
+    metadata.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert M.main(showo_flags(showo, tmp_path / "out")) == 0
+    words = ["--resume", "--out", tmp_path / "out", "--device", "cpu", "--generate", metadata]
+    words = [str(word) for word in words]
+    assert M.main([*words, "--samples", "3"]) == 0
+    assert "6 pictures painted" in capsys.readouterr().out
+    folder = tmp_path / "out" / "generated"
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    assert found == [f"0000{i}/{name}" for i in range(2) for name in (
+        "metadata.jsonl", *(f"samples/000{j}.png" for j in range(3)))] + ["settings.json"]
+    assert [json.loads((folder / f"0000{i}/metadata.jsonl").read_text()) for i in (0, 1)] == lines
+    pictures = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    assert len(set(pictures.values())) == 6 and Image.open(next(iter(pictures))).size == (64, 64)
+
+    (folder / "00001/samples/0002.png").unlink()
+    assert M.main([*words, "--samples", "3"]) == 0
+    assert "3 pictures painted, 6 in" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*.png")} == pictures
+    assert "pictures of other settings" in refused(capsys, *words, "--samples", "3", "--seed", "0",
+                                                   "--guidance", "0")
+    base = ["--model", showo["showo"], "--vq-model", showo["magvit"], "--generate", metadata,
+            "--out", tmp_path / "base", "--steps", "4", "--eval-steps", "4", "--device", "cpu"]
+    assert M.main([str(word) for word in base]) == 0    # four of each, from the published weights
+    others = {path.read_bytes() for path in (tmp_path / "base").rglob("*.png")}
+    assert len(others) == 8 and not others & set(pictures.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Rewards for real pictures
+
+
+def noise_images(n, size=64):
+    """n PIL images of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def test_clip_is_open_clips_scaled_cosine(showo):
+    """Pitfall 20: by open_clip's own transform and forward; hpsv2 is the same without the scale."""
+    import open_clip
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", showo["clip"])
+    images, prompts = noise_images(40), [f"picture number {i}" for i in range(40)]
+    with torch.no_grad():
+        pair = model.eval()(torch.stack([preprocess(image) for image in images]),
+                            open_clip.get_tokenizer("tiny-clip")(prompts))
+    cosine = (pair[0] * pair[1]).sum(-1)
+    clip = R.load_reward(f"clip:tiny-clip:{showo['clip']}")
+    assert torch.allclose(clip(images, prompts), cosine * model.logit_scale.exp(), atol=1e-4)
+    hps = R.load_reward(f"hpsv2:tiny-clip:{showo['clip']}")
+    assert torch.allclose(hps(images, prompts), cosine, atol=1e-5)
+    assert not clip(images, prompts).requires_grad
+
+
+def test_clip_cuts_long_texts_and_scores_in_float32(showo):
+    """Pitfall 19: 200 words; beyond 77 tokens nothing counts. In bf16 scores are float32 still."""
+    clip, images = R.load_reward(f"clip:tiny-clip:{showo['clip']}"), noise_images(2)
+    scores = clip(images, ["cat " * 200, "cat " * 199 + "dog"])
+    assert scores.isfinite().all()
+    assert torch.allclose(clip(images[:1], ["cat " * 150]), scores[:1], atol=1e-5)
+    full = clip(images, ["a cat", "a dog"])
+    clip.model.bfloat16()
+    clip.dtype = torch.bfloat16
+    half = clip(images, ["a cat", "a dog"])
+    assert half.dtype == torch.float32 and torch.allclose(half, full, atol=0.3)
+
+
+def test_pickscore_is_transformers_clip(tmp_path):
+    """A small CLIPModel and its processor in a folder, against its own logits per image."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{c}</w>" for c in "acdgot"), *"acdgot"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    model = CLIPModel(CLIPConfig(
+        text_config=dict(sizes, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1),
+        vision_config=dict(sizes, image_size=32, patch_size=16), projection_dim=8)).eval()
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32},
+                                                 crop_size={"height": 32, "width": 32}), tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images, prompts = noise_images(3), ["a cat", "a dog " * 100, "dog"]
+    inputs = processor(text=prompts, images=images, return_tensors="pt", truncation=True,
+                       max_length=77, padding="max_length")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.diagonal()
+    reward = R.load_reward(f"pickscore:{tmp_path}:{tmp_path}")
+    assert torch.allclose(reward(images, prompts), expected, atol=1e-4)
+
+
+def test_a_reward_of_the_readers_own(tmp_path, monkeypatch):
+    """MODULE:FUNCTION, in a file beside the run."""
+    (tmp_path / "my_taste.py").write_text("import torch\n"
+                                          "def short(images, prompts):\n"
+                                          "    return torch.tensor([-len(p) for p in prompts])\n")
+    monkeypatch.chdir(tmp_path)
+    reward = R.load_reward("my_taste:short")
+    assert M.judge(reward, noise_images(2), ["abc", "a"]).tolist() == [-3, -1]
+
+
+@pytest.mark.parametrize("spec, named", [
+    ("beauty", "choose of shapes, clip"), ("no_such_module:f", "No module named"),
+    ("math:no_such_function", "no_such_function"), ("broken_reward:f", "ZeroDivisionError"),
+    ("clip:ViT-Z:openai", "no model 'ViT-Z'"), ("clip:ViT-B-32:no-such-tag", "laion2b_s34b_b79k"),
+    ("clip:tiny-clip:FILE", "cannot be loaded"), ("shapes:more", "cannot be loaded"),
+    ("pickscore:/no/such/folder:/nor/this", "cannot be loaded")])
+def test_a_reward_that_cannot_be_found_or_loaded(showo, tmp_path, capsys, monkeypatch, spec, named):
+    """One line, before the policy is loaded."""
+    monkeypatch.setattr(M, "load_showo", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_reward.py").write_text("1 / 0")
+    (tmp_path / "clip.pt").write_bytes(b"no weights")
+    words = showo_flags(showo, tmp_path / "out")
+    words[words.index("--reward") + 1] = spec.replace("FILE", str(tmp_path / "clip.pt"))
+    error = refused(capsys, *words)
+    assert named in error and "--reward" in error
+
+
+@pytest.mark.parametrize("answer, named", [
+    ("torch.zeros(3)", "gave (3,)"), ("torch.zeros(len(images), 1)", "one number per picture"),
+    ("'good'", "the reward failed"), ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("torch.tensor([1.0] * (len(images) - 1) + [float('nan')])", "the reward is nan")])
+def test_a_reward_that_answers_wrongly_is_named_with_the_prompt(
+        showo, tmp_path, capsys, monkeypatch, answer, named):
+    """Tried on two pictures before anything is trained."""
+    name = f"wrong_{abs(hash(answer))}"
+    (tmp_path / f"{name}.py").write_text("import torch\ndef f(images, prompts):\n"
+                                         f"    return {answer}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M, "evaluate", None)
+    words = showo_flags(showo, tmp_path / "out")
+    words[words.index("--reward") + 1] = f"{name}:f"
+    error = refused(capsys, *words)
+    assert named in error and any(repr(caption) in error for caption in CAPTIONS)
+
+
+def test_a_reward_that_fails_later_names_the_update(tmp_path, monkeypatch, capsys):
+    """NaN in the second update: the checkpoint of the first is named."""
+    count = itertools.count(1)
+
+    def sometimes_nan(images, prompts):
+        return red(images, prompts) * (math.nan if next(count) == 5 else 1)
+
+    monkeypatch.setitem(R.REWARDS, "red", lambda device: sometimes_nan)
+    error = refused(capsys, *flags(out=tmp_path, reward="red", eval_every=1))
+    assert "update 2: the reward is nan for the prompt" in error
+    assert str(tmp_path / "checkpoint") in error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1062,21 +1666,31 @@ def test_a_folder_that_cannot_be_written_or_is_taken(tmp_path, capsys):
     assert error.count("\n") == 1 and f"other settings (--lr {M.Config.lr})" in error
 
 
-def test_a_resume_file_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
-    """Of another width; cut in half, empty, text, another file of torch's."""
+def test_a_checkpoint_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
+    """Resumed with another width; files cut in half, empty, text, or of something else."""
     run(tmp_path)
     capsys.readouterr()
-    assert M.main(["--resume", "--out", str(tmp_path), "--width", "32"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "other sizes" in error and "without --width" in error
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    torch.save({"something": "else"}, tmp_path / "other.pt")
-    other = (tmp_path / "other.pt").read_bytes()
-    for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint", other):
-        (tmp_path / "checkpoint.pt").write_bytes(damaged)
-        assert M.main(["--resume", "--out", str(tmp_path)]) == 2
+
+    def refused(*words):
+        assert M.main(["--resume", "--out", str(tmp_path), *words]) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "truncated" in error
+        assert error.count("\n") == 1
+        return error
+
+    assert "--width 32 cannot be resumed" in refused("--width", "32")
+    other = M.shapes_policy(tiny(width=32)).lm.state_dict()
+    save_file({f"showo.{name}": tensor for name, tensor in other.items()}, tmp_path / "other")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name, foreign, named in (("state.pt", "list.pt", "truncated"),
+                                 ("pytorch_model.safetensors", "other", "does not fit")):
+        path = tmp_path / "checkpoint" / name
+        whole = path.read_bytes()
+        for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
+            path.write_bytes(damaged)
+            assert "truncated" in refused()
+        path.write_bytes((tmp_path / foreign).read_bytes())
+        assert named in refused()
+        path.write_bytes(whole)
 
 
 def test_torch_and_torchvision_of_different_builds_is_one_sentence(tmp_path):
@@ -1097,4 +1711,5 @@ def test_help_explains_every_setting(capsys):
         M.parse(["-h"])
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and text.count("(default: ") == len(dataclasses.fields(M.Config))
-    assert all(f" {M.flag(field.name)} " in text for field in dataclasses.fields(M.Config))
+    for field in dataclasses.fields(M.Config):
+        assert f" {M.flag(field.name)}{', ' if field.type is bool else ' '}" in text
