@@ -1291,6 +1291,18 @@ def test_safetensors_are_preferred_to_pickles(tmp_path):
     assert M.fetch(str(tmp_path), *M.WEIGHT_FILES).suffix == ".safetensors"
 
 
+def test_offline_the_cache_is_searched_for_every_name(tmp_path, monkeypatch):
+    """The repository has a .bin only, and nobody can be asked."""
+    def offline(source, name):
+        if name != "pytorch_model.bin":
+            raise M.LocalEntryNotFoundError("offline")
+        return str(tmp_path / name)
+
+    (tmp_path / "pytorch_model.bin").touch()
+    monkeypatch.setattr(M, "hf_hub_download", offline)
+    assert M.fetch("showlab/show-o", *M.WEIGHT_FILES) == tmp_path / "pytorch_model.bin"
+
+
 def test_other_weights_replace_the_base(showo, tmp_path):
     """A plain state dict in the same names: what Mask-GRPO's authors published is one."""
     weights = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
@@ -1324,7 +1336,7 @@ def test_a_show_o_that_cannot_be_loaded(tmp_path, capsys, monkeypatch):
     (folder / "pytorch_model.safetensors").write_bytes(whole[:1000])
     assert "truncated" in refused(capsys, *words)
     (folder / "pytorch_model.safetensors").unlink()
-    assert "holds none of: pytorch_model.safetensors" in refused(capsys, *words)
+    assert "gives no pytorch_model.safetensors or" in refused(capsys, *words)
     torch.save({"model": weights}, folder / "pytorch_model.bin")
     assert "model () is unknown here" in refused(capsys, *words)
     torch.save(print, folder / "pytorch_model.bin")     # a pickle that is no tensor runs nothing
@@ -1340,7 +1352,7 @@ def test_a_show_o_that_cannot_be_loaded(tmp_path, capsys, monkeypatch):
     config.write_text("{")
     assert "is not Show-o's" in refused(capsys, *words)
     config.unlink()
-    assert "holds none of: config.json" in refused(capsys, *words)
+    assert "gives no config.json: it holds none" in refused(capsys, *words)
     assert not list(out.rglob("*.*"))
 
 
