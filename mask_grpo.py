@@ -30,6 +30,7 @@ import csv
 import dataclasses
 import inspect                                     # the comments of Config are its help texts
 import json
+import logging
 import math
 import os
 import pathlib
@@ -767,13 +768,14 @@ def fetch(source, *names):
             if os.path.isfile(path):
                 return pathlib.Path(path)
         except LocalEntryNotFoundError:             # offline; another name may be in the cache
-            why = "it is no local folder, and the hub cannot be reached"
+            why = "it is no local folder, and the hub cannot be reached; check name and network"
         except EntryNotFoundError:
             pass
         except (OSError, ValueError) as error:      # no such repository, no such kind of name, ...
             why = f"it is no local folder and cannot be downloaded: {error}"
             break
-    raise UsageError(f"{source} gives no {' or '.join(names)}: {why}")
+    others = " (or another usual name)" if len(names) > 1 else ""
+    raise UsageError(f"{source} gives no {names[0]}{others}: {why}")
 
 
 def read_tensors(source):
@@ -1357,6 +1359,7 @@ def parse(argv) -> Config:
 
 def main(argv=None):
     """Run a command line -> exit status: 0 done, 1 broken, 2 wrong command, 130 Ctrl-C"""
+    logging.disable(logging.ERROR)          # of libraries; what matters is raised, and told below
     try:
         config = parse(argv)
         if config.generate:
