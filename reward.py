@@ -249,7 +249,7 @@ class ClipReward:
         precision = "bf16" if self.device.type == "cuda" else "fp32"
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
             model, pretrained, precision, self.device)
-        self.model.eval().requires_grad_(False)
+        self.model.eval()
         self.tokenize = open_clip.get_tokenizer(model)      # cuts at 77 tokens and keeps the last
         self.scale = self.model.logit_scale.float().exp() if scale is None else scale
 
@@ -282,7 +282,7 @@ class PickScore(ClipReward):
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.processor = CLIPProcessor.from_pretrained(processor)
         self.model = CLIPModel.from_pretrained(model, dtype=self.dtype).to(device)
-        self.model.eval().requires_grad_(False)
+        self.model.eval()
         self.scale = self.model.logit_scale.float().exp()
 
     def features(self, images, prompts):

@@ -1013,8 +1013,15 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
 
 def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch):
     """Half a file has been written when the end comes, or one of two renames is done."""
-    policy, path = M.shapes_policy(tiny()), tmp_path / "checkpoint"
-    M.write_checkpoint(path, policy, {"n": 1})
+    first, policy = M.shapes_policy(tiny()), M.shapes_policy(tiny(seed=1))
+    path = tmp_path / "checkpoint"
+    M.write_checkpoint(path, first, {"n": 1})
+
+    def is_the_first():
+        path = M.last_checkpoint(tmp_path)
+        weights, ours = dict(M.read_tensors(path)), showo_tensors(first)
+        return M.read_checkpoint(path) == {"n": 1} and same(
+            ours.values(), [weights[name] for name in ours])
 
     def killed(state, target):
         pathlib.Path(target).write_bytes(b"half")
@@ -1024,7 +1031,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         M.write_checkpoint(path, policy, {"n": 2})
-    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 1}
+    assert is_the_first()
 
     replace, count = os.replace, itertools.count(1)
 
@@ -1037,7 +1044,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", killed_between)
     with pytest.raises(KeyboardInterrupt):
         M.write_checkpoint(path, policy, {"n": 3})
-    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 1}
+    assert is_the_first()
     monkeypatch.setattr(os, "replace", replace)
     M.write_checkpoint(path, policy, {"n": 4})
     assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 4}
@@ -1512,11 +1519,15 @@ def test_generating_in_genevals_layout(showo, tmp_path, capsys):
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == pictures
     assert "pictures of other settings" in refused(capsys, *words, "--samples", "3", "--seed", "0",
                                                    "--guidance", "0")
-    base = ["--model", showo["showo"], "--vq-model", showo["magvit"], "--generate", metadata,
-            "--out", tmp_path / "base", "--steps", "4", "--eval-steps", "4", "--device", "cpu"]
-    assert M.main([str(word) for word in base]) == 0    # four of each, from the published weights
-    others = {path.read_bytes() for path in (tmp_path / "base").rglob("*.png")}
-    assert len(others) == 8 and not others & set(pictures.values())
+    others = []                 # from the published weights, with and without guidance
+    for name, guidance in (("base", "5"), ("plain", "0")):
+        words = ["--model", showo["showo"], "--vq-model", showo["magvit"], "--device", "cpu",
+                 "--generate", metadata, "--samples", "3", "--steps", "4", "--eval-steps", "4",
+                 "--guidance", guidance, "--out", tmp_path / name]
+        assert M.main([str(word) for word in words]) == 0
+        others.append({path.read_bytes() for path in (tmp_path / name).rglob("*.png")})
+    assert all(len(painted) == 6 and not painted & set(pictures.values()) for painted in others)
+    assert not others[0] & others[1] and M.Config.samples == 4
 
 
 # --------------------------------------------------------------------------------------------------
