@@ -778,6 +778,12 @@ def fetch(source, *names):
     raise UsageError(f"{source} gives no {names[0]}{others}: {why}")
 
 
+def one_tensor(file, name):
+    """Of a safetensors file, which is opened anew each time, to let go of what was read before."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
 def read_tensors(source):
     """A checkpoint, file, folder or hub id -> (name, tensor), one by one. UsageError if damaged."""
     files = [pathlib.Path(source)]
@@ -791,9 +797,7 @@ def read_tensors(source):
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as tensors:
                     names = tensors.keys()
-                for name in names:                  # opened anew, to let go of what was read
-                    with safe_open(file, "pt") as tensors:
-                        yield name, tensors.get_tensor(name)
+                yield from ((name, one_tensor(file, name)) for name in names)
             else:                                   # mmap: nothing is read before it is copied
                 yield from torch.load(file, "cpu", weights_only=True, mmap=True).items()
         except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError,

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1737,3 +1738,23 @@ def test_help_explains_every_setting(capsys):
     assert end.value.code == 0 and text.count("(default: ") == len(dataclasses.fields(M.Config))
     for field in dataclasses.fields(M.Config):
         assert f" {M.flag(field.name)}{', ' if field.type is bool else ' '}" in text
+
+
+# --------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_the_readme_names_the_lines_and_flags_that_there_are():
+    """Its table of sections, and every --flag in it; values given for Show-o are the preset's."""
+    folder = pathlib.Path(M.__file__).parent
+    lines = (folder / "mask_grpo.py").read_text(encoding="utf-8").splitlines()
+    starts = [i for i, line in enumerate(lines, 1)
+              if re.match(r"# \d+\. ", line) and lines[i - 2].startswith("# ----")]
+    ends = [start - 3 for start in starts[1:]] + [len(lines)]
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\d+) \| (\d+)-(\d+) \|", readme, re.MULTILINE)
+    assert [tuple(map(int, row)) for row in table] == [*zip(itertools.count(1), starts, ends)]
+    fields = {M.flag(field.name) for field in dataclasses.fields(M.Config)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= fields
+    for name in ("rollout_batch", "micro_batch"):
+        assert f"`{M.flag(name)} {M.SHOWO[name]}`" in readme
