@@ -83,7 +83,7 @@ class Config:
     vq_model: str = "showlab/magvitv2"   # its decoder, hub id or folder
     weights: str = ""               # a policy's weights in place of the base: file, folder, hub id
     prompts: str = ""               # captions, .txt, .json or .jsonl; a tenth is only evaluated
-    reward: str = "shapes"          # or clip[:MODEL:WEIGHTS], hpsv2, pickscore, MODULE:FUNCTION
+    reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
     out: str = "out"                # folder for base, checkpoint, metrics.csv and pictures
     resume: bool = False            # go on from --out, with its settings where no flag is given
     generate: str = ""              # do not train, paint these captions (a file as --prompts)
@@ -115,7 +115,7 @@ class Config:
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
     filter_tries: int = 2           # times that missing groups are painted again
     # optimisation
-    optimizer: str = "adamw"        # or adafactor, whose state is tiny: half the memory
+    optimizer: str = "adamw"        # adamw, or adafactor, whose state is tiny: half the memory
     lr: float = 8e-4                # peak learning rate; smaller for larger policies
     warmup: int = 5                 # updates of linear warm-up, before the cosine to 0
     weight_decay: float = 0.02      # on matrices only
@@ -1344,7 +1344,8 @@ def parse(argv) -> Config:
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         preset = f"; with --model: {SHOWO[field.name]}" if field.name in SHOWO else ""
-        text = f"{comments[field.name]} (default: {field.default}{preset})".replace("%", "%%")
+        default = "none" if field.default == "" else field.default
+        text = f"{comments[field.name]} (default: {default}{preset})".replace("%", "%%")
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **how)
 
     def one_line(message):
