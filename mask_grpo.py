@@ -156,11 +156,17 @@ class Policy(nn.Module):
         self.offset = phi.vocab_size - 1 - codebook_size       # id of code 0, and with K of MASK
         self.bos_id, self.pad_id = bos_id, self.offset - 10    # bos is also the end of text
         self.soi_id, self.eoi_id, self.t2i_id = (self.pad_id + i for i in (1, 2, 5))
+        self.mixed = False      # whether to compute in bf16 on a GPU; pays for large policies only
 
     @property
     def device(self):
         """Where the weights are."""
         return self.lm.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        """What the forward pass computes in. The weights are float32 always."""
+        return torch.bfloat16 if self.mixed and self.device.type == "cuda" else torch.float32
 
     def encode(self, prompts: list[str]):
         """Prompts in Show-o's layout [<t2i>, bos, words, bos], left padded -> (B, L_text) long"""
@@ -200,8 +206,8 @@ class Policy(nn.Module):
         ids = torch.cat([prompt_ids, soi, tokens + self.offset, eoi], dim=1)    # (B, L)
         mask = self.attention_mask(prompt_ids)                                  # (B, 1, L, L)
         codes = slice(self.offset, self.offset + self.codebook_size)            # the rows in use
-        kind = self.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):      # weights: float32
+        mixed = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             hidden = self.lm.model(ids, attention_mask=mask, use_cache=False)[0]        # (B, L, D)
             hidden = hidden[:, -self.num_tokens - 1:-1]                         # (B, N, D)
             return F.linear(hidden, self.lm.lm_head.weight[codes], self.lm.lm_head.bias[codes])
@@ -513,18 +519,18 @@ def sample_groups(policy, reward, prompts, sample_filter, config, generator):
     return texts, Trajectory.cat(paths), torch.cat(kept), torch.cat(painted)
 
 
-def check_ratio(logp, path, b, t, kind):
+def check_ratio(logp, path, b, t, kind, dtype):
     """The ratio of learner to sampler per factor, before the weights have moved. RunError if not 1.
 
     Not every step has to agree, though: p1 has a hard threshold, and rounding can put a code on its
-    other side. In bf16 (on a GPU) logits keep 8 bits: batches of other sizes may round otherwise,
-    and n factors that are off by rounding make a product that is off by sqrt(n) times as much.
+    other side. In bf16 logits keep 8 bits: batches of other sizes may round otherwise, and n
+    factors that are off by rounding make a product that is off by sqrt(n) times as much.
     logp (M,), the learner's, of pictures b (M,) and steps t (M,) -> float
     """
     n = num_factors(path.step[b], t, kind)                                      # (M,)
     log_ratio = logp - path.logp_old[t, b]                                      # (M,)
     off = float((log_ratio.abs() / n ** 0.5).quantile(0.95))
-    if not off < (0.1 if logp.device.type == "cuda" else 1e-3):
+    if not off < (0.1 if dtype == torch.bfloat16 else 1e-3):
         raise RunError(f"sampler and learner differ by {off:.1e} per factor of a log-probability "
                        "before any change of the weights (dropout, precision or prompts differ?)")
     return float((log_ratio / n).mean().exp())
@@ -559,7 +565,8 @@ def learn(policy, reference, optimizer, prompt_ids, path, advantage, config):
             parts.append({"loss": loss.detach()[None], **part})
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}   # (M,) each
         if epoch == 0:
-            log["ratio_first"] = check_ratio(torch.cat(old), path, *pairs.unbind(1), kind)
+            log["ratio_first"] = check_ratio(torch.cat(old), path, *pairs.unbind(1), kind,
+                                             policy.dtype)
         log["grad"] = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         log |= {"loss": float(whole["loss"].sum()), "ratio": float(whole["ratio"].mean()),
                 "clip": float(whole["clip"].mean())}
@@ -873,7 +880,7 @@ def load_showo(model, vq_model="showlab/magvitv2", weights=None, device="cpu") -
         policy = Policy(phi, tokenize, tokenizer.bos_token_id, None, sizes["num_vq_tokens"], K)
     rotary = type(policy.lm.model.rotary_emb)(phi)  # its buffers are computed, not stored
     policy.lm.to_empty(device=device).model.rotary_emb = rotary.to(device)
-    policy.decoder = decoder
+    policy.decoder, policy.mixed = decoder, True
     load_weights(policy.lm, read_tensors(weights or model), "showo.", weights or model)
     return policy
 
@@ -1203,9 +1210,8 @@ def train(config: Config):
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
     pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
     print(f"{sum(p.numel() for p in policy.lm.parameters()):,} parameters | {device} | "
-          f"{torch.bfloat16 if device.type == 'cuda' else torch.float32} | seed {config.seed} | "
-          f"per update {pictures} pictures, {pictures * scored} transitions, "
-          f"{config.inner_epochs} optimizer step(s)", flush=True)
+          f"{policy.dtype} | seed {config.seed} | per update {pictures} pictures, "
+          f"{pictures * scored} transitions, {config.inner_epochs} optimizer step(s)", flush=True)
     optimizer = make_optimizer(policy, config)
     factor = warmup_cosine(config.warmup, config.updates)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

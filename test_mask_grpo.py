@@ -1237,6 +1237,14 @@ def test_prompts_of_show_o_are_laid_out_and_padded_to_the_longest(showo):
     assert len(policy.encode(["cat " * 300])[0]) == 129
 
 
+def test_only_show_o_on_a_gpu_computes_in_bf16(policy, showo, monkeypatch):
+    """Not on the CPU, and not the small policy of the shapes world."""
+    large = M.load_showo(showo["showo"], showo["magvit"])
+    assert large.dtype == policy.dtype == torch.float32
+    monkeypatch.setattr(M.Policy, "device", torch.device("cuda"))
+    assert large.dtype == torch.bfloat16 and policy.dtype == torch.float32
+
+
 def test_codes_become_bits_highest_first_and_grids_need_not_be_square():
     """0 is all -1, 1 ends in 1, 4096 begins with it; 2 x 3 codes become 32 x 48 pixels."""
     decoder, seen = M.MagvitDecoder(width=32), []
