@@ -233,7 +233,8 @@ class Policy(nn.Module):
 #    p2  Eq. 15  Only the revealed tokens count. No probability (over all outcomes it sums to more
 #                than 1, for the choice of U is ignored), but no noise from R either.
 #    p1  Eq. 14  The revealed tokens; and for each position of R the chance that it loses, that is,
-#                draws any token less confident than the least confident of U.
+#                draws any token less confident than the least confident of U. The sampler adds
+#                noise before it compares, and so must we; printed, Eq. 14 has none (p1_literal).
 
 
 def mask_schedule(T: int, N: int) -> list[int]:
@@ -264,6 +265,8 @@ def transition_logprob(logits, tokens, step, t, kind, noise=None, drawn=None):
     Let p_0 = (.7, .2, .1) reveal its code 0, while p_1 = (.6, .3, .1) draws its code 2 and stays
     masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), for all of p_1 is below .7.
     If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): p_0 cannot have drawn its .7.
+    Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, so p1 = .6 * (.7 + .2 + .1), while
+    p1_literal stays at .6 * (.2 + .1) and gives no chance to p_0 = .7, which may have happened.
 
     logits (B, N, K), tokens (B, N), step (B, N), t int or (B,), noise (B, N), drawn (B, N) -> (B,)
     """
