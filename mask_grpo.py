@@ -131,7 +131,7 @@ class Config:
 # What --model changes where no flag is given: the paper's settings, for the 512 x 512 model.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
              group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
-             eval_pictures=16)
+             eval_every=10, eval_pictures=16)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -969,7 +969,8 @@ def read_checkpoint(path):
     """The state.pt of write_checkpoint -> dict. UsageError if it is missing or damaged."""
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return dict(state)                      # torch saves other things, too
+        assert state.keys() & {"config", "settings"}        # torch saves other things, too
+        return state
     except FileNotFoundError:
         raise UsageError(f"there is no {path} to go on from; name a run's folder with --out"
                          ) from None

@@ -1019,12 +1019,12 @@ def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch
     """Half a file has been written when the end comes, or one of two renames is done."""
     first, policy = M.shapes_policy(tiny()), M.shapes_policy(tiny(seed=1))
     path = tmp_path / "checkpoint"
-    M.write_checkpoint(path, first, {"n": 1})
+    M.write_checkpoint(path, first, {"config": 1})
 
     def is_the_first():
         path = M.last_checkpoint(tmp_path)
         weights, ours = dict(M.read_tensors(path)), showo_tensors(first)
-        return M.read_checkpoint(path) == {"n": 1} and same(
+        return M.read_checkpoint(path) == {"config": 1} and same(
             ours.values(), [weights[name] for name in ours])
 
     def killed(state, target):
@@ -1034,7 +1034,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch
     save = torch.save
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        M.write_checkpoint(path, policy, {"n": 2})
+        M.write_checkpoint(path, policy, {"config": 2})
     assert is_the_first()
 
     replace, count = os.replace, itertools.count(1)
@@ -1047,11 +1047,11 @@ def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(os, "replace", killed_between)
     with pytest.raises(KeyboardInterrupt):
-        M.write_checkpoint(path, policy, {"n": 3})
+        M.write_checkpoint(path, policy, {"config": 3})
     assert is_the_first()
     monkeypatch.setattr(os, "replace", replace)
-    M.write_checkpoint(path, policy, {"n": 4})
-    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"n": 4}
+    M.write_checkpoint(path, policy, {"config": 4})
+    assert M.read_checkpoint(M.last_checkpoint(tmp_path)) == {"config": 4}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -1716,8 +1716,8 @@ def test_a_checkpoint_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
     assert "--width 32 cannot be resumed" in refused("--width", "32")
     other = M.shapes_policy(tiny(width=32)).lm.state_dict()
     save_file({f"showo.{name}": tensor for name, tensor in other.items()}, tmp_path / "other")
-    torch.save([1, 2], tmp_path / "list.pt")
-    for name, foreign, named in (("state.pt", "list.pt", "truncated"),
+    torch.save({"something": "else"}, tmp_path / "foreign.pt")
+    for name, foreign, named in (("state.pt", "foreign.pt", "truncated"),
                                  ("pytorch_model.safetensors", "other", "does not fit")):
         path = tmp_path / "checkpoint" / name
         whole = path.read_bytes()
