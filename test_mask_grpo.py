@@ -6,6 +6,7 @@ formula: a calculation by hand, an enumeration, a simulation of the sampler, fin
 """
 import csv
 import dataclasses
+import gzip
 import itertools
 import json
 import math
@@ -1769,3 +1770,26 @@ def test_the_readme_names_the_lines_and_flags_that_there_are():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= fields
     for name in ("rollout_batch", "micro_batch"):
         assert f"`{M.flag(name)} {M.SHOWO[name]}`" in readme
+
+def test_the_study_in_the_readme_is_the_one_in_assets():
+    """Every row of its table, recomputed from the runs that were kept."""
+    folder = pathlib.Path(M.__file__).parent
+    with gzip.open(folder / "assets" / "study.jsonl.gz", "rt") as file:
+        runs = [json.loads(line) for line in file]
+    table = (folder / "README.md").read_text(encoding="utf-8").split("| run | flags |")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert len(rows) == len({run["flags"] for run in runs})
+    for _, flags, seeds, heldout, trained, collapsed, seconds, pictures in rows:
+        mine = [run for run in runs if run["flags"] == flags.strip("` ")]
+        held, base, other, took, painted = torch.tensor([
+            [run["block"][name] for name in ("heldout_trained", "heldout_base", "trained",
+                                             "train_seconds")] + [run["pictures"]]
+            for run in mine], dtype=torch.float64).T
+        assert (seeds, heldout, trained, collapsed, seconds, pictures) == (
+            str(len(mine)), f"{held.mean():.3f} ± {held.std():.3f}", f"{other.mean():.3f}",
+            str(int((held < base).sum())), f"{took.mean():.0f}", f"{painted.mean():.0f}")
+        for run in mine:
+            words = run["flags"].split()
+            assert words == [] or M.parse(words)                            # they are flags
+            assert run["metrics"]["heldout"][-1] == pytest.approx(run["block"]["heldout_trained"],
+                                                                  abs=1e-3)
