@@ -923,7 +923,7 @@ def save_grid(path, title, captions, before, after, shown=(96, 256)):
     for i, texts in enumerate(captions.values()):
         for j in range(GRID_COLUMNS):
             x, y = 12 + j * column, top + i * row
-            caption = textwrap.shorten(texts[j % len(texts)], side // 3, placeholder=" ...")
+            caption = textwrap.shorten(texts[j % len(texts)], column // 6, placeholder=" ...")
             draw.text((x, y), caption, "black", font)
             for scores, pictures in (before, after):
                 picture = Image.fromarray(pictures[i, j].numpy())

@@ -856,6 +856,20 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert float(block["peak_memory_mb"]) > 50
 
 
+def test_captions_in_the_grid_are_whole_and_only_long_ones_are_cut(tmp_path, monkeypatch):
+    """The longest of the shapes world fits above two pictures, 200 words do not."""
+    longest = max((caption for *_, caption in R.all_captions()), key=len)
+    written, original = [], M.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(M.ImageDraw.ImageDraw, "text", lambda self, at, text, *more: written.append(
+        (text, self.textlength(text, more[1]))) or original(self, at, text, *more))
+    shown = torch.zeros(1, 4), torch.zeros(1, 4, 48, 48, 3, dtype=torch.uint8)
+    captions = {"a": [longest, "cat " * 200, "a", "b"]}
+    M.save_grid(tmp_path / "samples" / "x.png", "title", captions, shown, shown)
+    texts = dict(written)
+    assert texts[longest] < 2 * 96 + 28 and "cat " * 200 not in texts
+    assert any(text.startswith("cat cat") and text.endswith(" ...") for text in texts)
+
+
 def test_evaluation_repeats_its_noise(policy):
     """Twice the same policy, twice the same pictures: only weights can make a difference."""
     one, two = (M.evaluate(policy, red, [R.captions(True)], tiny()) for _ in range(2))
