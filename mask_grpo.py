@@ -800,8 +800,11 @@ def read_tensors(source):
     if not files[0].is_file():
         files = [fetch(source, *WEIGHT_FILES)]
         if files[0].suffix == ".json":              # an index of shards
-            shards = json.loads(files[0].read_text())["weight_map"].values()
-            files = [fetch(source, shard) for shard in sorted(set(shards))]
+            try:
+                shards = set(json.loads(files[0].read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UsageError(f"{files[0]} is no index of shards; download it anew") from None
+            files = [fetch(source, shard) for shard in sorted(shards)]
     for file in files:
         try:
             if file.suffix == ".safetensors":

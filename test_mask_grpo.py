@@ -1030,6 +1030,18 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_reward_out_of_memory_is_no_fault_of_the_reward(tmp_path, monkeypatch, capsys):
+    """While it is loaded, and while it judges: the same line about the knobs."""
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for make in (too_large, lambda device: too_large):
+        monkeypatch.setitem(R.REWARDS, "red", make)
+        assert M.main(flags(out=tmp_path, reward="red")) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--rollout-batch and --micro-batch" in error
+
+
 def test_a_killed_save_leaves_the_last_checkpoint_readable(tmp_path, monkeypatch):
     """Half a file has been written when the end comes, or one of two renames is done."""
     first, policy = M.shapes_policy(tiny()), M.shapes_policy(tiny(seed=1))
@@ -1372,6 +1384,11 @@ def test_a_show_o_that_cannot_be_loaded(tmp_path, capsys, monkeypatch):
     (folder / "pytorch_model.safetensors").unlink()
     error = refused(capsys, *words)
     assert "gives no pytorch_model.safetensors (or another usual name): it holds none" in error
+    index = folder / "pytorch_model.safetensors.index.json"
+    for text in ("{", "{}", "[1]"):
+        index.write_text(text)
+        assert "is no index of shards" in refused(capsys, *words)
+    index.unlink()
     torch.save({"model": weights}, folder / "pytorch_model.bin")
     assert "model () is unknown here" in refused(capsys, *words)
     torch.save(print, folder / "pytorch_model.bin")     # a pickle that is no tensor runs nothing
