@@ -228,13 +228,18 @@ class Policy(nn.Module):
 # 3. The probability of a step. In step t the positions U are revealed and the positions R stay
 #    masked, although a token was drawn for them too. What is the probability that this happens?
 #
-#    ar  Eq. 13  All draws count, as in a language model. But those of R were thrown away: the
-#                picture does not contain them, and its reward says nothing about them.
+#    ar  Eq. 13  All draws count, as in a language model. But those of R were thrown away, 35 of 36
+#                in the first of 14 steps: the picture does not contain them, and its reward cannot
+#                tell one from another.
 #    p2  Eq. 15  Only the revealed tokens count. No probability (over all outcomes it sums to more
 #                than 1, for the choice of U is ignored), but no noise from R either.
 #    p1  Eq. 14  The revealed tokens; and for each position of R the chance that it loses, that is,
 #                draws any token less confident than the least confident of U. The sampler adds
 #                noise before it compares, and so must we; printed, Eq. 14 has none (p1_literal).
+#
+#    ar and p1 pull the same way on average: the gradient of log p1 is that of log ar, averaged over
+#    all draws that would have lost. What ar adds is the accident of which one was drawn. In the
+#    shapes world this noise makes its gradient four times as long, and it learns little (README).
 
 
 def mask_schedule(T: int, N: int) -> list[int]:
@@ -584,7 +589,9 @@ def learn(policy, reference, optimizer, prompt_ids, path, advantage, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The shapes world as a policy: a small Phi, a decoder of tiles, a base trained from scratch.
+# 8. The shapes world as a policy: a small Phi, a decoder of tiles, a base trained from scratch. The
+#    base is surest of the background, and leaves the objects for its last steps, where many tokens
+#    are drawn at once and blind to each other. What Mask-GRPO will find is to place objects first.
 
 
 class TileDecoder(nn.Module):

@@ -6,7 +6,6 @@ formula: a calculation by hand, an enumeration, a simulation of the sampler, fin
 """
 import csv
 import dataclasses
-import gzip
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -176,6 +176,7 @@ def test_schedule_equals_the_published_samplers():
     assert (M.mask_schedule(12, 36)[7], M.mask_schedule(18, 36)[11], M.mask_schedule(6, 16)[3]) == (
         17, 17, 7)
     assert M.mask_schedule(4, 16) == [14, 11, 6, 0] and M.mask_schedule(1, 9) == [0]
+    assert M.mask_schedule(14, 36)[0] == 35
 
 
 @pytest.mark.parametrize("N", [1, 5, 36, 256])
@@ -266,6 +267,32 @@ def test_p1_given_the_noise_is_the_frequency_of_the_step(seed):
                    for kind in ("p1", "p1_literal"))
     assert ((p1 - frequency).abs() < 5 * (p1 * (1 - p1) / draws).sqrt() + 1e-6).all()
     assert (literal - frequency).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_gradient_of_p1_is_the_mean_of_that_of_ar(seed):
+    """Rao-Blackwell: over all draws that leave one picture behind, ar differs from p1 by noise."""
+    generator = seeded(seed)
+    logits = torch.randn(1, 3, 3, generator=generator).double().requires_grad_()
+    noise = torch.randn(1, 3, generator=generator).double()
+    drawn = torch.cartesian_prod(*[torch.arange(3)] * 3)                        # (27, 3)
+    logp = logits.log_softmax(-1).expand(27, 3, 3).gather(2, drawn[..., None])[..., 0]
+    step = (logp + noise < (logp + noise).amax(1, keepdim=True)).long()         # keep the surest
+    states, which = drawn.where(step == 0, 3).unique(dim=0, return_inverse=True)
+
+    def gradient(i, kind):
+        score = M.transition_logprob(logits, drawn[i:i + 1], step[i:i + 1], 0, kind, noise,
+                                     drawn[i:i + 1])
+        return torch.autograd.grad(score, logits)[0].flatten()
+
+    ar, p1 = (torch.stack([gradient(i, kind) for i in range(27)]) for kind in ("ar", "p1"))
+    chance = logp.sum(1).exp().detach()[:, None]                                # (27, 1)
+    for state in range(len(states)):
+        same = which == state
+        mean = (ar[same] * chance[same]).sum(0) / chance[same].sum()
+        assert torch.allclose(mean, p1[same][0], atol=1e-10)
+    length = [(chance * g.pow(2)).sum() for g in (ar, p1)]
+    assert length[0] > 1.2 * length[1]
 
 
 def test_p1_is_not_p2():
@@ -1787,8 +1814,8 @@ def test_help_explains_every_setting(capsys):
 # The README
 
 
-def test_the_readme_names_the_lines_and_flags_that_there_are():
-    """Its table of sections, and every --flag in it; values given for Show-o are the preset's."""
+def test_the_readme_names_what_there_is():
+    """Lines of sections, flags, Show-o's preset, what a run printed, files, tests."""
     folder = pathlib.Path(M.__file__).parent
     lines = (folder / "mask_grpo.py").read_text(encoding="utf-8").splitlines()
     starts = [i for i, line in enumerate(lines, 1)
@@ -1801,26 +1828,63 @@ def test_the_readme_names_the_lines_and_flags_that_there_are():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= fields
     for name in ("rollout_batch", "micro_batch"):
         assert f"`{M.flag(name)} {M.SHOWO[name]}`" in readme
+    printed = (folder / "assets" / "run.txt").read_text(encoding="utf-8").splitlines()
+    shown = readme.split("```text\n")[1].split("\n```")[0].splitlines()
+    assert len(shown) > 9 and set(shown) <= {*printed, "..."}
+    assert all((folder / path).exists() for path in re.findall(r"\]\((?!http)(.+?)\)", readme))
+    named = re.findall(r"`(test_\w+)`", readme)
+    assert len(named) > 10 and set(named) <= globals().keys()
+
+
+def study_runs(folder):
+    """The runs that the README's loop leaves, study/SEED/FLAGS/ each: flags -> list of dicts"""
+    runs = {}
+    with tarfile.open(folder / "assets" / "study.tar.xz") as tar:
+        files = {member.name: tar.extractfile(member).read().decode() for member in tar}
+    for name in sorted(name for name in files if name.endswith("/log.txt")):
+        _, seed, flags, _ = name.split("/")
+        flags = "" if flags == "default" else flags.replace("=", " ")
+        block = (line.split(": ") for line in files[name].split("---\n")[1].splitlines())
+        rows = list(csv.DictReader(files[name.replace("log.txt", "metrics.csv")].splitlines()))
+        run = {key: float(value) for key, value in block}
+        config = M.parse(f"--seed {seed} {flags}".split())                      # they are flags
+        assert (run["seed"], run["updates"]) == (config.seed, config.updates)
+        assert len(rows) == config.updates
+        assert float(rows[-1]["heldout"]) == pytest.approx(run["heldout_trained"], abs=1e-4)
+        run |= {"pictures": sum(int(row["painted"]) for row in rows) * config.group_size,
+                "first_grad": float(rows[0]["grad"])}
+        runs.setdefault(flags, []).append(run)
+    return runs
+
 
 def test_the_study_in_the_readme_is_the_one_in_assets():
     """Every row of its table, recomputed from the runs that were kept."""
     folder = pathlib.Path(M.__file__).parent
-    with gzip.open(folder / "assets" / "study.jsonl.gz", "rt") as file:
-        runs = [json.loads(line) for line in file]
+    runs = study_runs(folder)
+
+    def several(runs, name):
+        values = torch.tensor([run[name] for run in runs], dtype=torch.float64)
+        return f"{values.mean():.2f} ± {values.std():.2f}", f"{values.mean():.2f}", values
+
     table = (folder / "README.md").read_text(encoding="utf-8").split("| run | flags |")[1]
-    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[0].splitlines()[2:]]
-    assert len(rows) == len({run["flags"] for run in runs})
-    for _, flags, seeds, heldout, trained, collapsed, seconds, pictures in rows:
-        mine = [run for run in runs if run["flags"] == flags.strip("` ")]
-        held, base, other, took, painted = torch.tensor([
-            [run["block"][name] for name in ("heldout_trained", "heldout_base", "trained",
-                                             "train_seconds")] + [run["pictures"]]
-            for run in mine], dtype=torch.float64).T
-        assert (seeds, heldout, trained, collapsed, seconds, pictures) == (
-            str(len(mine)), f"{held.mean():.3f} ± {held.std():.3f}", f"{other.mean():.3f}",
-            str(int((held < base).sum())), f"{took.mean():.0f}", f"{painted.mean():.0f}")
-        for run in mine:
-            words = run["flags"].split()
-            assert words == [] or M.parse(words)                            # they are flags
-            assert run["metrics"]["heldout"][-1] == pytest.approx(run["block"]["heldout_trained"],
-                                                                  abs=1e-3)
+    base, *rows = [[cell.strip("` ") for cell in line.split("|")[2:-1]]
+                   for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert base == ["", str(len(runs[""])), several(runs[""], "heldout_base")[0],
+                    several(runs[""], "base")[1], "", "", ""]
+    assert {row[0] for row in rows} == runs.keys()
+    for flags, seeds, heldout, trained, collapsed, seconds, pictures in rows:
+        mine = [run for run in runs[flags] if run["seed"] < int(seeds)]
+        assert len(mine) == int(seeds) and (len(runs[flags]) == int(seeds) or flags == "")
+        assert heldout == several(mine, "heldout_trained")[0]
+        assert trained == several(mine, "trained")[1]
+        assert int(collapsed) == sum(run["heldout_trained"] < run["heldout_base"] for run in mine)
+        assert (seconds, pictures) == tuple(f"{several(mine, name)[2].mean():.0f}"
+                                            for name in ("train_seconds", "pictures"))
+
+
+def test_what_the_text_says_of_the_gradients_is_what_the_study_measured():
+    """Update 1 paints the same pictures whatever the transition; ar's gradient is 4 times p1's."""
+    runs = study_runs(pathlib.Path(M.__file__).parent)
+    ratios = [ar["first_grad"] / p1["first_grad"]
+              for ar, p1 in zip(runs["--transition ar"], runs[""], strict=True)]
+    assert 3.5 < sum(ratios) / len(ratios) < 4.5
