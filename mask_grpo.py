@@ -239,7 +239,7 @@ class Policy(nn.Module):
 #
 #    ar and p1 pull the same way on average: the gradient of log p1 is that of log ar, averaged over
 #    all draws that would have lost. What ar adds is the accident of which one was drawn. In the
-#    shapes world this noise makes its gradient four times as long, and it learns little (README).
+#    shapes world this noise makes its gradient four times as long, and its learning slow (README).
 
 
 def mask_schedule(T: int, N: int) -> list[int]:

@@ -176,7 +176,7 @@ def test_schedule_equals_the_published_samplers():
     assert (M.mask_schedule(12, 36)[7], M.mask_schedule(18, 36)[11], M.mask_schedule(6, 16)[3]) == (
         17, 17, 7)
     assert M.mask_schedule(4, 16) == [14, 11, 6, 0] and M.mask_schedule(1, 9) == [0]
-    assert M.mask_schedule(14, 36)[0] == 35
+    assert M.mask_schedule(14, 36)[0] == 35 and M.mask_schedule(14, 36)[6] == 36 - 11
 
 
 @pytest.mark.parametrize("N", [1, 5, 36, 256])
@@ -1852,7 +1852,8 @@ def study_runs(folder):
         assert len(rows) == config.updates
         assert float(rows[-1]["heldout"]) == pytest.approx(run["heldout_trained"], abs=1e-4)
         run |= {"pictures": sum(int(row["painted"]) for row in rows) * config.group_size,
-                "first_grad": float(rows[0]["grad"])}
+                "first_grad": float(rows[0]["grad"]),
+                "largest_ratio": max(float(row["ratio"]) for row in rows)}
         runs.setdefault(flags, []).append(run)
     return runs
 
@@ -1882,9 +1883,12 @@ def test_the_study_in_the_readme_is_the_one_in_assets():
                                             for name in ("train_seconds", "pictures"))
 
 
-def test_what_the_text_says_of_the_gradients_is_what_the_study_measured():
+def test_what_the_text_says_of_gradients_and_ratios_is_what_the_study_measured():
     """Update 1 paints the same pictures whatever the transition; ar's gradient is 4 times p1's."""
     runs = study_runs(pathlib.Path(M.__file__).parent)
-    ratios = [ar["first_grad"] / p1["first_grad"]
+    longer = [ar["first_grad"] / p1["first_grad"]
               for ar, p1 in zip(runs["--transition ar"], runs[""], strict=True)]
-    assert 3.5 < sum(ratios) / len(ratios) < 4.5
+    assert f"{sum(longer) / len(longer):.0f}" == "4"
+    plain, per_token = (max(run["largest_ratio"] for run in runs[f"--inner-epochs 2{more}"])
+                        for more in ("", " --length-normalize"))
+    assert f"{plain:.1f}" == "2.4" and per_token < 1.001
