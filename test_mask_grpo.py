@@ -1865,7 +1865,7 @@ def test_the_study_in_the_readme_is_the_one_in_assets():
 
     def several(runs, name):
         values = torch.tensor([run[name] for run in runs], dtype=torch.float64)
-        return f"{values.mean():.2f} ± {values.std():.2f}", f"{values.mean():.2f}", values
+        return f"{values.mean():.2f}±{values.std():.2f}", f"{values.mean():.2f}", values
 
     table = (folder / "README.md").read_text(encoding="utf-8").split("| run | flags |")[1]
     base, *rows = [[cell.strip("` ") for cell in line.split("|")[2:-1]]
