@@ -237,9 +237,10 @@ class Policy(nn.Module):
 #                draws any token less confident than the least confident of U. The sampler adds
 #                noise before it compares, and so must we; printed, Eq. 14 has none (p1_literal).
 #
-#    ar and p1 pull the same way on average: the gradient of log p1 is that of log ar, averaged over
-#    all draws that would have lost. What ar adds is the accident of which one was drawn. In the
-#    shapes world this noise makes its gradient four times as long, and its learning slow (README).
+#    What learning will use of log p is its gradient (section 6). That of p1 is that of ar, averaged
+#    over all draws that would have lost: both pull the same way on average, and what ar adds is the
+#    accident of which was drawn. In the shapes world this noise makes its gradient four times as
+#    long, and its learning slow (README).
 
 
 def mask_schedule(T: int, N: int) -> list[int]:
@@ -589,9 +590,9 @@ def learn(policy, reference, optimizer, prompt_ids, path, advantage, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The shapes world as a policy: a small Phi, a decoder of tiles, a base trained from scratch. The
-#    base is surest of the background, and leaves the objects for its last steps, where many tokens
-#    are drawn at once and blind to each other. What Mask-GRPO will find is to place objects first.
+# 8. The shapes world as a policy: a small Phi, a decoder of tiles, a base trained from scratch.
+#    Most bases are surest of the background, and leave the objects for their last steps, where many
+#    tokens are drawn at once, blind to each other. Mask-GRPO then finds: place the objects first.
 
 
 class TileDecoder(nn.Module):

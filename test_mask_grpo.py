@@ -278,7 +278,7 @@ def test_the_gradient_of_p1_is_the_mean_of_that_of_ar(seed):
     drawn = torch.cartesian_prod(*[torch.arange(3)] * 3)                        # (27, 3)
     logp = logits.log_softmax(-1).expand(27, 3, 3).gather(2, drawn[..., None])[..., 0]
     step = (logp + noise < (logp + noise).amax(1, keepdim=True)).long()         # keep the surest
-    states, which = drawn.where(step == 0, 3).unique(dim=0, return_inverse=True)
+    state = drawn.where(step == 0, 3).unique(dim=0, return_inverse=True)[1]     # (27,) its number
 
     def gradient(i, kind):
         score = M.transition_logprob(logits, drawn[i:i + 1], step[i:i + 1], 0, kind, noise,
@@ -287,8 +287,7 @@ def test_the_gradient_of_p1_is_the_mean_of_that_of_ar(seed):
 
     ar, p1 = (torch.stack([gradient(i, kind) for i in range(27)]) for kind in ("ar", "p1"))
     chance = logp.sum(1).exp().detach()[:, None]                                # (27, 1)
-    for state in range(len(states)):
-        same = which == state
+    for same in torch.nn.functional.one_hot(state).T.bool():                    # (27,) each
         mean = (ar[same] * chance[same]).sum(0) / chance[same].sum()
         assert torch.allclose(mean, p1[same][0], atol=1e-10)
     length = [(chance * g.pow(2)).sum() for g in (ar, p1)]
@@ -1863,29 +1862,31 @@ def test_the_study_in_the_readme_is_the_one_in_assets():
     folder = pathlib.Path(M.__file__).parent
     runs = study_runs(folder)
 
-    def several(runs, name):
-        values = torch.tensor([run[name] for run in runs], dtype=torch.float64)
-        return f"{values.mean():.2f}±{values.std():.2f}", f"{values.mean():.2f}", values
+    def of(runs, name):
+        return torch.tensor([run[name] for run in runs], dtype=torch.float64)   # (S,)
+
+    def spread(values):
+        return f"{values.mean():.2f}±{values.std():.2f}"
 
     table = (folder / "README.md").read_text(encoding="utf-8").split("| run | flags |")[1]
     base, *rows = [[cell.strip("` ") for cell in line.split("|")[2:-1]]
                    for line in table.split("\n\n")[0].splitlines()[2:]]
     bases = runs[""] + runs.pop("--updates 1")              # of seeds 5 to 7 there is no more
-    assert base == ["", str(len(bases)), several(bases, "heldout_base")[0],
-                    several(bases, "base")[1], "", "", ""]
+    assert base == ["", str(len(bases)), spread(of(bases, "heldout_base")),
+                    f"{of(bases, 'base').mean():.2f}", "", "", ""]
     assert {row[0] for row in rows} == runs.keys()
     for flags, seeds, heldout, trained, collapsed, seconds, pictures in rows:
         mine = [run for run in runs[flags] if run["seed"] < int(seeds)]
         assert len(mine) == int(seeds) and (len(runs[flags]) == int(seeds) or flags == "")
-        assert heldout == several(mine, "heldout_trained")[0]
-        assert trained == several(mine, "trained")[1]
-        assert int(collapsed) == sum(run["heldout_trained"] < run["heldout_base"] for run in mine)
-        assert (seconds, pictures) == tuple(f"{several(mine, name)[2].mean():.0f}"
-                                            for name in ("train_seconds", "pictures"))
+        assert heldout == spread(of(mine, "heldout_trained"))
+        assert trained == f"{of(mine, 'trained').mean():.2f}"
+        assert int(collapsed) == (of(mine, "heldout_trained") < of(mine, "heldout_base")).sum()
+        assert seconds == f"{of(mine, 'train_seconds').mean():.0f}"
+        assert pictures == f"{of(mine, 'pictures').mean():.0f}"
 
 
-def test_what_the_text_says_of_gradients_and_ratios_is_what_the_study_measured():
-    """Update 1 paints the same pictures whatever the transition; ar's gradient is 4 times p1's."""
+def test_what_the_text_says_of_the_study_is_what_it_measured():
+    """Lengths of gradients in update 1, which paints the same pictures; ratios; single seeds."""
     runs = study_runs(pathlib.Path(M.__file__).parent)
     longer = [ar["first_grad"] / p1["first_grad"]
               for ar, p1 in zip(runs["--transition ar"], runs[""], strict=True)]
@@ -1893,3 +1894,8 @@ def test_what_the_text_says_of_gradients_and_ratios_is_what_the_study_measured()
     plain, per_token = (max(run["largest_ratio"] for run in runs[f"--inner-epochs 2{more}"])
                         for more in ("", " --length-normalize"))
     assert f"{plain:.1f}" == "2.4" and per_token < 1.001
+    bases = sorted(f"{run['heldout_base']:.2f}" for run in runs[""] + runs["--updates 1"])
+    assert [bases[0], *bases[5:]] == ["0.18", "0.41", "0.82", "0.84"]
+    assert runs["--transition p1_literal"][3]["trained"] == 0
+    assert runs["--transition p1_literal"][3]["heldout_trained"] == 0
+    assert f"{runs['--steps 6 --updates 119'][2]['heldout_trained']:.2f}" == "0.31"
