@@ -1,143 +1,131 @@
 # SPDX-License-Identifier: MIT
-"""Mask-GRPO: reinforcement learning for image models that paint by unmasking, in one file.
+"""Mask-GRPO: reinforcement learning for image models that generate by unmasking, in one file.
 
 The method of "Reinforcement Learning Meets Masked Generative Models" (Luo et al., 2025, arXiv
-2510.13418v2; `Eq. n` is its numbering). A picture is N tokens, all MASK at first. At every step the
-policy draws a token for each masked position, keeps the few it is surest of and masks the rest
-again; after T steps none is masked. One update:
+2510.13418v2; `Eq. n` is its numbering). A picture is a grid of N tokens, all MASK at first. Each of
+T steps draws a token for every masked position, keeps the tokens that the policy is most confident
+of, and masks the others again. One step that keeps two of four masked positions:
 
-  1. paint G pictures for each of P prompts, and record which token was revealed when   (section 4)
-  2. give each picture a reward; resample groups whose rewards hardly differ         (sections 5, 7)
-  3. compare it with its group: the advantage, Eq. 12                                   (section 5)
-  4. ratio = p(step) under the weights now / under those that painted, Eq. 11           (section 6)
-     where p(step), the probability of a whole step, is what the paper redefines: Eq. 14 (section 3)
-  5. climb min(ratio A, clip(ratio) A), averaged over pictures and steps, Eq. 10        (section 6)
+    position                    0       1       2       3
+    drawn token y_i ~ p_i      sky     cat     sky     dog
+    noisy confidence           -0.3    -2.1    -0.9    -1.6      log p_i(y_i) + noise_i
+    next state                 sky     MASK    sky     MASK      positions 0 and 2 are revealed
 
-Where this differs from the paper, and why:
-  a. Eq. 14 is scored under the noise that the sampler ranked with (`p1`). As printed it ignores the
-     noise (`p1_literal`) and scores steps that did not happen.
-  b. The old log-probability is kept while the weights move: the ratio is real, clipping can act.
-  c. The last step is a transition like any other: every token of the picture is credited.
-  d. A vanishing group is replaced by another prompt's, a few times at most, then left out.
+As a decision process: the *state* is the prompt and the partly masked picture; the *action* is the
+draws at all masked positions; the *next state* is what survives the ranking; the reward comes once,
+for the finished picture. Many actions lead to the same next state: the draws at positions 1 and 3
+are discarded. The paper asks: what is the probability of such a step? There are three answers
+(section 4): `ar` is the probability of the action, `p1` sums over all actions with this outcome,
+and `p2` keeps only the factor of the revealed tokens. One update of the policy:
+
+  1. sample G pictures for each of P prompts; record when each token was revealed      (section 3)
+  2. score each picture with a reward; resample groups whose rewards hardly differ  (sections 5, 7)
+  3. compare each picture with its group: the advantage A, Eq. 12                      (section 5)
+  4. ratio = p(step) under the current weights / under those that sampled, Eq. 11  (section 4)
+  5. maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, Eq. 10    (section 6)
+
+Where this differs from the paper (README has the whole list, with tests): `p1` compares confidences
+with the noise that the sampler ranked with, as Show-o's does; Eq. 14 as printed has none, and then
+scores steps that did not happen (`p1_literal`). The old log-probability stays fixed while the
+weights move, so the ratio is real. Every token is credited. The gradient is clipped to norm 1.
 
 Run it: `python mask_grpo.py` (5 minutes on two CPU cores); `-h` explains every setting.
 The paper's own system: `python mask_grpo.py --model showlab/show-o-512x512 --prompts FILE` (a GPU).
 Dims: B = P * G samples of P prompts, N image tokens, K codes, T steps, L length of the sequence.
 """
 import argparse
+import contextlib
 import copy
-import csv
 import dataclasses
-import inspect                                     # the comments of Config are its help texts
+import inspect                                     # -h shows the source of Config
 import json
 import logging
 import math
 import os
 import pathlib
-import pickle
 import random
-import re
-import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
+import typing
+import warnings
 import zlib
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import reward as rewards
-
-try:
-    from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
-except (ImportError, RuntimeError) as error:    # transformers loads torchvision, which loads torch
-    if "torchvision" not in f"{error} {error.__cause__}":
-        raise
-    mismatch = ("torch and torchvision come from different builds; reinstall both together: "
-                "pip install --force-reinstall torch torchvision")
-    if __name__ != "__main__":
-        raise ImportError(mismatch) from None
-    print(f"mask_grpo.py: {mismatch}", file=sys.stderr)
-    sys.exit(2)
+from reward import MagvitDecoder, Stop, blame, find, read_weights, replacing, save, save_grid
+from reward import save_rows, score
 
 # --------------------------------------------------------------------------------------------------
-# 1. Settings. A field is a flag (clip_low is --clip-low); its comment says what turning it does.
+# 1. Settings. Each field is a flag (clip_low is --clip-low) and its comment is the help text.
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    """All settings of a run. The defaults are the shapes world's; SHOWO, below, has Show-o's."""
+    """All settings of a run. The defaults are for the shapes world; SHOWO below has others."""
     # task
-    model: str = ""                 # a Show-o, hub id or folder; none is the shapes world's policy
-    vq_model: str = "showlab/magvitv2"   # its decoder, hub id or folder
-    weights: str = ""               # a policy's weights in place of the base: file, folder, hub id
-    prompts: str = ""               # captions, .txt, .json or .jsonl; a tenth is only evaluated
+    model: str = ""                 # a Show-o (hub id or folder) or MODULE:FUNCTION; "": shapes
+    vq_model: str = "showlab/magvitv2"   # Show-o's image decoder: hub id or folder
+    weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
+    prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
     reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
-    out: str = "out"                # folder for base, checkpoint, metrics.csv and pictures
-    resume: bool = False            # go on from --out, with its settings where no flag is given
-    generate: str = ""              # do not train, paint these captions (a file as --prompts)
+    out: str = "out"                # folder for checkpoint, base, metrics.csv and pictures
+    resume: bool = False            # continue the run in --out, with its settings
+    generate: str = ""              # do not train: sample pictures of these captions (a file)
     samples: int = 4                # pictures per caption of --generate
-    device: str = "auto"            # cpu, cuda or mps; auto takes the fastest there is
-    seed: int = 0                   # of the base, the prompts and every draw
+    device: str = "auto"            # cpu, cuda, mps, ...; auto takes an accelerator if there is one
+    seed: int = 0                   # of the base, the choice of prompts and every draw
     # the shapes world's base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
     pretrain_steps: int = 3000      # masked-token prediction before any reinforcement learning
-    pretrain_lr: float = 5e-3       # its peak learning rate
-    prompt_dropout: float = 0.1     # share of its captions that are emptied; guidance needs some
     # sampling
     steps: int = 14                 # T in training; below --eval-steps: the unmasking reduction
     eval_steps: int = 14            # T in evaluation
-    temperature: float = 1.0        # of the noise on confidences; 0 keeps exactly the surest tokens
+    temperature: float = 1.0        # of the noise on the confidences; 0 means no noise
     guidance: float = 0.0           # g in evaluation, (1 + g) cond - g uncond; training has none
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
-    updates: int = 75               # rounds of painting and learning
+    updates: int = 75               # rounds of sampling and learning
     groups: int = 8                 # P, prompts per update
-    group_size: int = 8             # G, pictures per prompt, 2 or more; many is smooth and slow
+    group_size: int = 8             # G, pictures per prompt, at least 2
     inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
-    length_normalize: bool = False  # ratio per token, not per step; wise if --inner-epochs > 1
-    clip_low: float = 0.1           # the ratio counts down to 1 - this
-    clip_high: float = 0.2          # the ratio counts up to 1 + this
-    beta: float = 0.0               # weight of the KL to the frozen base; at 0 there is no copy
+    length_normalize: bool = False  # ratio per token, not per step; use with --inner-epochs > 1
+    clip_low: float = 0.1           # the ratio is clipped below 1 - this
+    clip_high: float = 0.2          # the ratio is clipped above 1 + this
+    beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
     score_steps: int = 0            # computational reduction: only the first k steps, or last -k
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
-    filter_tries: int = 2           # times that missing groups are painted again
+    filter_tries: int = 2           # how often missing groups are resampled per update
     # optimisation
-    optimizer: str = "adamw"        # adamw, or adafactor, whose state is tiny: half the memory
+    optimizer: str = "adamw"        # adamw, or adafactor, which needs almost no memory of its own
     lr: float = 8e-4                # peak learning rate; smaller for larger policies
     warmup: int = 5                 # updates of linear warm-up, before the cosine to 0
-    weight_decay: float = 0.02      # on matrices only
-    max_grad_norm: float = 1.0      # longer gradients are scaled down to this
-    rollout_batch: int = 1024       # pictures painted at once: memory only
-    micro_batch: int = 192          # transitions per backward pass: memory only, never the result
-    checkpointing: bool = False     # compute activations twice instead of keeping them
+    weight_decay: float = 0.02      # on matrices only, not on biases and norms
+    max_grad_norm: float = 1.0      # longer gradients are scaled down to this norm
+    rollout_batch: int = 1024       # pictures sampled at once: affects memory only
+    micro_batch: int = 192          # transitions per backward pass: affects memory only
+    checkpointing: bool = False     # recompute activations in the backward pass to save memory
     # evaluation
     eval_every: int = 25            # updates between evaluations, picture grids and checkpoints
-    eval_pictures: int = 48         # pictures per category, on either side of the split
-
-
-# What --model changes where no flag is given: the paper's settings, for the 512 x 512 model.
-SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
-             group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
-             eval_every=10, eval_pictures=16)
+    eval_pictures: int = 48         # pictures per category, for trained-on and held-out captions
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. The policy is Show-o (Xie et al., 2024): a Phi language model whose vocabulary also holds image
-#    codes, so that a picture is part of the sentence. The rest of this file asks it for one thing,
-#    `logits = policy(prompt_ids, tokens)`, where tokens are codes 0..K-1, or K for MASK.
+#    codes, so that text and picture form one sequence. The transformer is trained, the decoder from
+#    codes to pixels is frozen. The method asks a policy for three things: encode(prompts) ->
+#    ids, forward(ids, tokens) -> logits, decode(tokens) -> pictures. Tokens are 0..K-1; K is MASK.
+
+NUM_SPECIAL = 10    # ids between the text and the codes: pad, <soi>, <eoi>, task tokens, ...
 
 
 class Policy(nn.Module):
@@ -145,28 +133,24 @@ class Policy(nn.Module):
 
     Vocabulary [text | 10 special | K codes | MASK], sequence [text, <soi>, N image tokens, <eoi>].
     tokenize: str -> text ids. decoder: codes (B, h, w) -> pixels (B, 3, H, W) in [-1, 1].
+    state_dict() has the names under which Show-o (showo.*) and MAGVIT-v2 (decoder.*) are published.
     """
 
     def __init__(self, phi: PhiConfig, tokenize, bos_id, decoder, num_tokens, codebook_size,
                  max_text=128):
         super().__init__()
-        self.lm = PhiForCausalLM(phi)
-        self.tokenize, self.decoder, self.max_text = tokenize, decoder, max_text
+        self.showo, self.decoder = PhiForCausalLM(phi), decoder
+        self.tokenize, self.max_text = tokenize, max_text
         self.num_tokens, self.codebook_size = num_tokens, codebook_size
-        self.offset = phi.vocab_size - 1 - codebook_size       # id of code 0, and with K of MASK
-        self.bos_id, self.pad_id = bos_id, self.offset - 10    # bos is also the end of text
-        self.soi_id, self.eoi_id, self.t2i_id = (self.pad_id + i for i in (1, 2, 5))
-        self.mixed = False      # whether to compute in bf16 on a GPU; pays for large policies only
+        self.offset = phi.vocab_size - 1 - codebook_size    # id of code 0; MASK is the last
+        self.bos_id, self.pad_id = bos_id, self.offset - NUM_SPECIAL    # bos also ends the text
+        self.soi_id, self.eoi_id, self.t2i_id = self.pad_id + 1, self.pad_id + 2, self.pad_id + 5
+        self.dtype = torch.float32      # of the forward pass; the weights are always float32
 
     @property
     def device(self):
         """Where the weights are."""
-        return self.lm.lm_head.weight.device
-
-    @property
-    def dtype(self):
-        """What the forward pass computes in. The weights are float32 always."""
-        return torch.bfloat16 if self.mixed and self.device.type == "cuda" else torch.float32
+        return self.showo.lm_head.weight.device
 
     def encode(self, prompts: list[str]):
         """Prompts in Show-o's layout [<t2i>, bos, words, bos], left padded -> (B, L_text) long"""
@@ -176,233 +160,226 @@ class Policy(nn.Module):
             bos = [] if words[:1] == [self.bos_id] else [self.bos_id]
             row = [self.t2i_id, *bos, *words, self.bos_id]
             if len(row) > self.max_text + 1:
+                warnings.warn(f"captions of more than {self.max_text - 2} tokens are cut")
                 row = row[:self.max_text] + [self.bos_id]
             rows.append(row)
-        longest = max(map(len, rows))                          # Show-o pads to 129, to no effect
+        longest = max(map(len, rows))           # Show-o pads to 129; pads have no influence
         rows = [[self.pad_id] * (longest - len(row)) + row for row in rows]
         return torch.tensor(rows, device=self.device)
 
     def attention_mask(self, prompt_ids):
-        """Omni-attention: text is causal and blind to the picture, the picture sees everything.
+        """Omni-attention: text is causal and sees no picture; the picture sees everything.
 
         0 where a query may look, very negative elsewhere: prompt_ids (B, L_text) -> (B, 1, L, L)
         """
-        after = self.num_tokens + 2                                             # picture, edges
-        position = torch.arange(prompt_ids.shape[1] + after, device=prompt_ids.device)
+        after = self.num_tokens + 2                             # <soi>, the picture, <eoi>
+        position = torch.arange(prompt_ids.shape[1] + after, device=prompt_ids.device)  # (L,)
         in_picture = (position >= prompt_ids.shape[1])[:, None]                 # (L, 1)
         causal = position[:, None] >= position                                  # (L, L)
         real = F.pad(prompt_ids != self.pad_id, (0, after), value=True)         # (B, L)
         allowed = real[:, None, :] & (causal | in_picture)                      # (B, L, L)
-        allowed |= causal & ~real[:, :, None]     # pads see pads: a row that sees nothing is NaN
+        allowed |= causal & ~real[:, :, None]   # pads see pads: an empty row would give NaN
         mask = torch.zeros(allowed.shape, device=position.device)
         return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)[:, None]
 
     def forward(self, prompt_ids, tokens):
-        """Logits read at the image positions themselves, of the codes alone.
+        """Logits of the codes, read at the image positions themselves (no next-token shift).
 
         prompt_ids (B, L_text) long, tokens (B, N) long, K for MASK -> (B, N, K)
         """
-        soi, eoi = (prompt_ids.new_full((len(tokens), 1), i) for i in (self.soi_id, self.eoi_id))
+        soi = prompt_ids.new_full((len(tokens), 1), self.soi_id)                # (B, 1)
+        eoi = prompt_ids.new_full((len(tokens), 1), self.eoi_id)                # (B, 1)
         ids = torch.cat([prompt_ids, soi, tokens + self.offset, eoi], dim=1)    # (B, L)
         mask = self.attention_mask(prompt_ids)                                  # (B, 1, L, L)
-        codes = slice(self.offset, self.offset + self.codebook_size)            # the rows in use
-        mixed = self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            hidden = self.lm.model(ids, attention_mask=mask, use_cache=False)[0]        # (B, L, D)
+        codes = slice(self.offset, self.offset + self.codebook_size)            # rows of the head
+        head = self.showo.lm_head
+        with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            hidden = self.showo.model(ids, attention_mask=mask, use_cache=False)[0]     # (B, L, D)
             hidden = hidden[:, -self.num_tokens - 1:-1]                         # (B, N, D)
-            return F.linear(hidden, self.lm.lm_head.weight[codes], self.lm.lm_head.bias[codes])
+            return F.linear(hidden, head.weight[codes], head.bias[codes])       # (B, N, K)
 
     @torch.no_grad()
     def decode(self, tokens):
         """The pixels of finished pictures: tokens (B, N) -> (B, H, W, 3) uint8"""
         side, pictures = math.isqrt(self.num_tokens), []
         at_once = max(1, 4096 // self.num_tokens)           # 4 pictures of 512 x 512, for memory
-        for codes in tokens.view(-1, side, side).split(at_once):
+        for codes in tokens.view(-1, side, side).split(at_once):                # (b, h, w)
             pixels = self.decoder(codes)                                        # (b, 3, H, W)
-            pixels = (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)
+            pixels = (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)     # truncates
             pictures.append(pixels.permute(0, 2, 3, 1))                         # (b, H, W, 3)
         return torch.cat(pictures)
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The probability of a step. In step t the positions U are revealed and the positions R stay
-#    masked, although a token was drawn for them too. What is the probability that this happens?
-#
-#    ar  Eq. 13  All draws count, as in a language model. But those of R were thrown away, 35 of 36
-#                in the first of 14 steps: the picture does not contain them, and its reward cannot
-#                tell one from another.
-#    p2  Eq. 15  Only the revealed tokens count. No probability (over all outcomes it sums to more
-#                than 1, for the choice of U is ignored), but no noise from R either.
-#    p1  Eq. 14  The revealed tokens; and for each position of R the chance that it loses, that is,
-#                draws any token less confident than the least confident of U. The sampler adds
-#                noise before it compares, and so must we; printed, Eq. 14 has none (p1_literal).
-#
-#    What learning will use of log p is its gradient (section 6). That of p1 is that of ar, averaged
-#    over all draws that would have lost: both pull the same way on average, and what ar adds is the
-#    accident of which was drawn. In the shapes world this noise makes its gradient four times as
-#    long, and its learning slow (README).
+# 3. The sampler. Codes are the decoder's alphabet, and the base is the policy before any
+#    reinforcement learning. A step draws a code at every masked position and ranks the positions by
+#    confidence; Show-o adds Gumbel noise to the ranking, so that pictures differ in their order,
+#    too. Guidance moves the logits away from what an empty prompt would give.
+#    Sections 3 to 6 need torch, F, math, typing, deque, and a policy as section 2 describes it.
 
 
 def mask_schedule(T: int, N: int) -> list[int]:
     """Tokens still masked after each of T steps: floor(N cos(pi/2 (t + 1) / T)), and 0 at the end.
 
-    mask_schedule(4, 16) = [14, 11, 6, 0]. Every step reveals at least one token. The cosine is
-    float32's, as in the published sampler: at a ratio of 2/3 it, and so the floor, is below 1/2.
+    mask_schedule(4, 16) = [14, 11, 6, 0]. Every step reveals at least one token, so T > N is
+    a ValueError. Float32, as in Show-o: cos(pi/3) rounds below 0.5, which changes the floor.
     """
+    if not 1 <= T <= N:
+        raise ValueError(f"{T} steps: must be 1 to {N}, each reveals at least one of {N} tokens")
     masked, schedule = N, []
     for t in range(T):
         ratio = torch.tensor((t + 1) / T, dtype=torch.float32)
         wanted = int(torch.floor(N * torch.cos(ratio * math.pi * 0.5)))
-        masked = max(T - 1 - t, min(masked - 1, wanted))       # later steps need tokens too
+        masked = max(T - 1 - t, min(masked - 1, wanted))    # leave a token for each later step
         schedule.append(masked)
     return schedule
 
 
-TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0   # in place of log 0: too small to count in a float32 sum, and still finite
+class Trajectory(typing.NamedTuple):
+    """How B pictures were sampled in T steps: all that the learner needs to know.
 
-
-def transition_logprob(logits, tokens, step, t, kind, noise=None, drawn=None):
-    """log p(s_{t+1} | s_t): the log-probability of what step t did to the picture.
-
-    step: when each position is revealed, so U is step == t and R is step > t. noise: what the
-    sampler added to the log-confidences (None is no noise). drawn: its draws at all of U and R.
-
-    Let p_0 = (.7, .2, .1) reveal its code 0, while p_1 = (.6, .3, .1) draws its code 2 and stays
-    masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), for all of p_1 is below .7.
-    If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): p_0 cannot have drawn its .7.
-    Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, so p1 = .6 * (.7 + .2 + .1), while
-    p1_literal stays at .6 * (.2 + .1) and gives no chance to p_0 = .7, which may have happened.
-
-    logits (B, N, K), tokens (B, N), step (B, N), t int or (B,), noise (B, N), drawn (B, N) -> (B,)
+    A revealed token never changes again, so the final tokens and the step that revealed each give
+    every state: before step t the picture is where(revealed_at < t, tokens, MASK).
     """
-    t = t[:, None] if torch.is_tensor(t) else t
-    revealed, remasked = step == t, step > t                                    # (B, N) bool each
-    at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
-    logp = F.log_softmax(logits, dim=-1, dtype=at_least_float32)                # (B, N, K)
-
-    if kind == "ar":
-        confidence = logp.gather(-1, drawn[..., None]).squeeze(-1)              # (B, N)
-        return (confidence * (revealed | remasked)).sum(-1)                     # (B,)
-
-    token = tokens.masked_fill(~revealed, 0)                                    # (B, N) no MASK
-    confidence = logp.gather(-1, token[..., None]).squeeze(-1)                  # (B, N) log cs_i
-    p2 = (confidence * revealed).sum(-1)                                        # (B,)
-    if kind == "p2":
-        return p2
-
-    # Both sides of the comparison carry the noise, or another event is scored than the one that
-    # happened. The noise is taken as given: p1 is the probability of the step under this noise.
-    if noise is None or kind == "p1_literal":
-        noise = torch.zeros_like(confidence)
-    threshold = (confidence + noise).masked_fill(~revealed, math.inf).amin(-1)  # (B,) least of U
-    loses = logp + noise[..., None] < threshold[:, None, None]                  # (B, N, K) bool
-    stays_masked = logp.masked_fill(~loses, FLOOR).logsumexp(-1)                # (B, N)
-    return p2 + (stays_masked * remasked).sum(-1)                               # (B,)
-
-
-def num_factors(step, t, kind):
-    """How many probabilities a transition multiplies: step (B, N), t (B,) -> (B,) long"""
-    return (step == t[:, None] if kind == "p2" else step >= t[:, None]).sum(-1)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. The sampler. A revealed token never changes again, so a rollout is known by its final tokens
-#    and the step that revealed each: before step t a picture is where(step < t, tokens, MASK). Any
-#    step of any picture can be scored later, in any order and any micro-batch.
-
-
-@dataclass
-class Trajectory:
-    """A rollout of B pictures in T steps, and all that the loss needs to know of it."""
     tokens: torch.Tensor            # (B, N) long     the finished pictures
-    step: torch.Tensor              # (B, N) long     when each token was revealed, 0..T-1
-    noise: torch.Tensor             # (T, B, N)       what was added to the log-confidences
-    drawn: torch.Tensor | None      # (T, B, N) long  the draws at all positions; for `ar` only
-    logp_old: torch.Tensor | None   # (T, B)          log-probability of each step when it was taken
-
-    def select(self, keep):
-        """Some of the pictures: keep (B,) bool"""
-        by_time = (x if x is None else x[:, keep] for x in (self.noise, self.drawn, self.logp_old))
-        return Trajectory(self.tokens[keep], self.step[keep], *by_time)
-
-    @staticmethod
-    def cat(paths):
-        """Several rollouts of equal T as one, pictures side by side: (B_1), (B_2), ... -> (B)"""
-        dims = {"tokens": 0, "step": 0, "noise": 1, "drawn": 1, "logp_old": 1}
-        parts = {name: [getattr(path, name) for path in paths] for name in dims}
-        return Trajectory(**{name: None if part[0] is None else torch.cat(part, dims[name])
-                             for name, part in parts.items()})
+    revealed_at: torch.Tensor       # (B, N) long     the step that revealed each token, 0..T-1
+    noise: torch.Tensor             # (B, T, N)       what was added to the log-confidences
+    drawn: torch.Tensor             # (B, T, N) long  the draws at all positions, for `ar`
 
 
 def gumbel(shape, generator, device):
-    """Standard Gumbel noise of a shape: -log E, E exponential with mean 1. In place, for memory.
+    """Standard Gumbel noise: -log E, E exponential with mean 1. In place, to save memory.
 
-    Clamped, for one infinity can become a NaN, and a NaN sorts above everything.
+    Clamped: E = 0 gives inf, and inf - inf is NaN, which sorts above everything.
     """
     noise = torch.empty(shape, device=device).exponential_(generator=generator)
     return noise.clamp_(1e-20, 1e20).log_().neg_()
 
 
 @torch.no_grad()
-def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=None, kind=None,
-            generator=None):
-    """Paint a picture for each prompt, all in parallel. `kind` names the log-probability recorded.
+def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=None,
+            generator=None) -> Trajectory:
+    """Sample a picture for each prompt, all in parallel, in T = `steps` steps.
 
-    Noise is temperature * Gumbel, and Show-o's temperature compounds: step t multiplies what is
-    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond, the latter
-    under null_ids, the empty prompt; Show-o's g = 5 is 6 in the other convention.
+    The noise is temperature * Gumbel, and Show-o's temperature compounds: step t multiplies what is
+    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond, where uncond
+    has null_ids, the empty prompt; Show-o's g = 5 is 6 in the other convention.
+    ValueError if the policy's logits are not those of the K codes alone.
 
-    prompt_ids (B, L_text) long, null_ids (B, L_null) long -> Trajectory
+    prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
-    (B, _), N, MASK = prompt_ids.shape, policy.num_tokens, policy.codebook_size
-    tokens = torch.full((B, N), MASK, device=prompt_ids.device)                 # (B, N)
-    step = torch.full_like(tokens, steps)                                       # (B, N) T: not yet
-    noises, draws, logps = [], [], []
+    (B, _), N, K = prompt_ids.shape, policy.num_tokens, policy.codebook_size
+    tokens = torch.full((B, N), K, device=prompt_ids.device)                    # (B, N) all MASK
+    revealed_at = torch.full_like(tokens, steps)                                # (B, N) T: not yet
+    noises, draws = [], []
     for t, num_masked in enumerate(mask_schedule(steps, N)):
         logits = policy(prompt_ids, tokens)                                     # (B, N, K)
+        if logits.shape != (B, N, K):
+            raise ValueError(f"logits of shape {(*logits.shape,)}: must be {(B, N, K)}")
         if guidance > 0:
             logits = (1 + guidance) * logits - guidance * policy(null_ids, tokens)
         logp = F.log_softmax(logits.float(), dim=-1)                            # (B, N, K)
 
-        # draw a token everywhere: argmax(log p + Gumbel) samples p, and nothing waits for the GPU
+        # draw a code everywhere: argmax(log p + Gumbel) samples p without a host synchronisation
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)  # (B, N)
         temperature *= 1 - (t + 1) / steps
         noise = temperature * gumbel((B, N), generator, logp.device)            # (B, N)
         confidence = logp.gather(-1, drawn[..., None]).squeeze(-1) + noise      # (B, N)
 
-        # mask the least confident again; what was revealed earlier is beyond doubt
-        order = confidence.masked_fill(step < t, math.inf).argsort(-1)          # (B, N)
-        reveal = (step > t).scatter(1, order[:, :num_masked], False)            # (B, N) bool
+        # mask the least confident again; +inf where revealed before, so never masked again
+        order = confidence.masked_fill(revealed_at < t, math.inf).argsort(-1)   # (B, N)
+        reveal = (revealed_at > t).scatter(1, order[:, :num_masked], False)     # (B, N) bool
         tokens = torch.where(reveal, drawn, tokens)
-        step = step.masked_fill(reveal, t)
-
+        revealed_at = revealed_at.masked_fill(reveal, t)
         noises.append(noise)
-        if kind == "ar":
-            draws.append(drawn)
-        if kind:
-            logps.append(transition_logprob(logits, tokens, step, t, kind, noise, drawn))
-    noise = torch.stack(noises)                                                 # (T, B, N)
-    assert tokens.shape == step.shape == noise.shape[1:]
-    drawn, logp = (torch.stack(x) if x else None for x in (draws, logps))       # (T, B, N), (T, B)
-    return Trajectory(tokens, step, noise, drawn, logp)
-
-
-def path_logprob(policy, prompt_ids, path, b, t, kind):
-    """transition_logprob of recorded steps under a policy: the learner's side of the ratio.
-
-    prompt_ids (B, L_text), pictures b (M,), their steps t (M,) -> (M,)
-    """
-    state = path.tokens[b].masked_fill(path.step[b] >= t[:, None], policy.codebook_size)
-    logits = policy(prompt_ids[b], state)                                       # (M, N, K)
-    drawn = path.drawn[t, b] if kind == "ar" else None                          # (M, N)
-    return transition_logprob(logits, path.tokens[b], path.step[b], t, kind, path.noise[t, b],
-                              drawn)
+        draws.append(drawn)
+    return Trajectory(tokens, revealed_at, torch.stack(noises, 1), torch.stack(draws, 1))
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The advantage: how much better a picture is than its siblings. No value network is needed, for
-#    the group is the baseline; and where a whole group is equally good there is nothing to learn.
+# 4. The probability of a step. Step t reveals the positions U and masks the positions R again,
+#    although a code was drawn there, too. What is the probability of this step?
+#
+#        transition   revealed U    masked again R                        a probability of
+#        ar           p_i(y_i)      p_j(y_j) of the discarded draw        the action        (Eq. 13)
+#        p2           p_i(y_i)      -                                     nothing, see *    (Eq. 15)
+#        p1           p_i(y_i)      the chance that j ranks below all U   the next state    (Eq. 14)
+#        p1_literal   p_i(y_i)      the same, but without the noise       another step
+#
+#    * It sums to more than 1 over all next states, as it ignores which positions were chosen.
+#    `ar` also scores what the picture does not contain: 35 of 36 draws in the first of 14 steps.
+#    The gradient of log p1 is the expected gradient of log ar over the discarded draws, given
+#    outcome and noise (Rao-Blackwell): the same mean, less variance. In the shapes world the
+#    gradient of `ar` is four times as long, and learning slow (README).
+
+TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
+FLOOR = -60.0       # in place of log 0: too small to count in a float32 sum, and still finite
+
+
+def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
+    """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS.
+
+    U is revealed_at == t, R is revealed_at > t. noise: what the sampler added to the
+    log-confidences (None: no noise). drawn: its draws, for `ar`. ValueError for another transition.
+
+    Let p_0 = (.7, .2, .1) reveal its code 0, while p_1 = (.6, .3, .1) draws its code 2 and stays
+    masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), as all of p_1 is below .7.
+    If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): p_0 cannot have drawn its .7.
+    Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, so p1 = .6 * (.7 + .2 + .1), while
+    p1_literal stays at .6 * (.2 + .1) and rules out the .7 of p_0, which may have been drawn.
+
+    logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
+    """
+    if transition not in TRANSITIONS:
+        raise ValueError(f"transition {transition!r}: must be one of {', '.join(TRANSITIONS)}")
+    t = t[:, None] if torch.is_tensor(t) else t                                 # (B, 1)
+    revealed = revealed_at == t                                                 # (B, N) bool: U
+    remasked = revealed_at > t                                                  # (B, N) bool: R
+    at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+    logp = F.log_softmax(logits, dim=-1, dtype=at_least_float32)                # (B, N, K)
+
+    if transition == "ar":
+        confidence = logp.gather(-1, drawn[..., None]).squeeze(-1)              # (B, N)
+        return (confidence * (revealed | remasked)).sum(-1)                     # (B,)
+
+    token = tokens.masked_fill(~revealed, 0)                                    # (B, N) no MASK
+    confidence = logp.gather(-1, token[..., None]).squeeze(-1)                  # (B, N)
+    p2 = (confidence * revealed).sum(-1)                                        # (B,)
+    if transition == "p2":
+        return p2
+
+    # The sampler compared noisy confidences, so both sides of this comparison carry the noise, too.
+    # It is taken as given: p1 is the probability of the step under this noise.
+    if noise is None or transition == "p1_literal":
+        noise = torch.zeros_like(confidence)                                    # (B, N)
+    # the lowest noisy confidence among the kept tokens
+    threshold = (confidence + noise).masked_fill(~revealed, math.inf).amin(-1)  # (B,)
+    loses = logp + noise[..., None] < threshold[:, None, None]                  # (B, N, K) bool
+    stays_masked = logp.masked_fill(~loses, FLOOR).logsumexp(-1)                # (B, N)
+    return p2 + (stays_masked * remasked).sum(-1)                               # (B,)
+
+
+def num_factors(revealed_at, t, transition):
+    """How many probabilities a step multiplies: revealed_at (B, N), t (B,) -> (B,) long"""
+    t = t[:, None]                                                              # (B, 1)
+    return (revealed_at == t if transition == "p2" else revealed_at >= t).sum(-1)
+
+
+def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
+    """transition_logprob of recorded steps under a policy, in any order and any batch.
+
+    prompt_ids (B, L_text), pictures b (M,) long, their steps t (M,) long -> (M,)
+    """
+    tokens, revealed_at = trajectory.tokens[b], trajectory.revealed_at[b]       # (M, N) each
+    state = tokens.masked_fill(revealed_at >= t[:, None], policy.codebook_size)     # (M, N)
+    logits = policy(prompt_ids[b], state)                                       # (M, N, K)
+    return transition_logprob(logits, tokens, revealed_at, t, transition,
+                              trajectory.noise[b, t], trajectory.drawn[b, t])
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. The advantage: how much better a picture is than the others of its group. The group is the
+#    baseline, so no value network is needed; a group of equal rewards teaches nothing.
 
 
 def group_advantage(reward, eps=1e-4):
@@ -436,6 +413,8 @@ class SampleFilter:
 # 6. The loss. At ratio 1 its value is minus the mean advantage, 0 by construction, but its gradient
 #    is -A grad log p, which is all the learning there is. So watch the reward, not the loss.
 
+MAX_LOG_RATIO = 20.0    # two steps that became impossible would give exp(120), infinite in float32
+
 
 def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
     """-mean of min(ratio A, clip(ratio, 1 - low, 1 + high) A), Eq. 10 and 11: all (M,) -> (), dict
@@ -443,223 +422,210 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
     Clipping stops only what would push a ratio further out: up for A > 0, down for A < 0.
     """
     assert logp.shape == logp_old.shape == advantage.shape and logp.dim() == 1
-    ratio = (logp - logp_old).exp()                                             # (M,)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    ratio = (logp - logp_old).clamp(max=MAX_LOG_RATIO).exp()                    # (M,)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                          # (M,)
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()        # ()
     stopped = ratio * advantage > clipped * advantage                           # (M,) bool
     return loss, {"ratio": ratio.detach(), "clip": stopped.float()}
 
 
 def kl_k3(logp, logp_ref):
-    """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r, r = p_ref / p. (M,) -> (M,), >= 0"""
-    log_ratio = logp_ref - logp
+    """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r, r = p_ref / p. (M,) -> (M,), >= 0
+
+    An estimate only for `p1` and `ar`; p2 and p1_literal are no probabilities of what was sampled,
+    so for them it is a penalty that keeps the policy near its reference.
+    """
+    log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                      # (M,)
     return log_ratio.exp() - 1 - log_ratio
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. One update: paint and judge groups, then learn from them.
+# 7. One update. It costs P * G pictures of T forward passes each, and then a forward and a backward
+#    pass for each of the P * G * T steps (with the paper's settings, 4,800 of each).
 
 
-class UsageError(ValueError):
-    """The user's mistake, told in one line, before any work where possible. Exit status 2."""
+def sample(policy, prompts, config, steps, generator, guidance=0.0) -> Trajectory:
+    """A rollout of B prompts, `rollout_batch` pictures at a time."""
+    null_ids = policy.encode([""])                                              # (1, L_null)
+    parts = [rollout(policy, ids, steps, config.temperature, guidance,
+                     null_ids.expand(len(ids), -1), generator)
+             for ids in policy.encode(prompts).split(config.rollout_batch)]
+    return Trajectory(*map(torch.cat, zip(*parts)))
 
 
-class RunError(RuntimeError):
-    """A run that must not go on, told in one line. Exit status 1."""
-
-
-def to_images(pixels):
-    """(B, H, W, 3) uint8 -> list of B PIL images"""
-    return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
-
-
-def judge(reward, images, prompts):
-    """Rewards, once they are known to be usable -> (B,) float32 on the CPU
-
-    UsageError if the reward raises, has another shape or is not finite: it may be the reader's own.
-    """
-    try:
-        scores = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UsageError(f"the reward failed, {type(error).__name__}: {error} (the first of its "
-                         f"{len(prompts)} prompts: {prompts[0]!r})") from error
-    if scores.shape != (len(images),):
-        raise UsageError(f"the reward must give one number per picture, a tensor of shape "
-                         f"({len(images)},); it gave {tuple(scores.shape)} (the first of its "
-                         f"prompts: {prompts[0]!r})")
-    if not scores.isfinite().all():
-        i = int(scores.isfinite().int().argmin())
-        raise UsageError(f"the reward is {scores[i]} for the prompt {prompts[i]!r}")
-    return scores
-
-
-def paint(policy, prompts, config, steps, generator, guidance=0.0, kind=None):
-    """A rollout of B prompts, `rollout_batch` pictures at a time -> Trajectory"""
-    null_ids = policy.encode([""])
-    return Trajectory.cat([
-        rollout(policy, ids, steps, config.temperature, guidance, null_ids.expand(len(ids), -1),
-                kind, generator) for ids in policy.encode(prompts).split(config.rollout_batch)])
-
-
-def sample_groups(policy, reward, prompts, sample_filter, config, generator):
-    """Paint groups until `config.groups` of them are worth learning from, or the tries are used up.
+def sample_groups(policy, reward, captions, sample_filter, config, generator):
+    """Sample groups until `config.groups` are worth learning from, or the tries are used up.
 
     -> prompts (list of B), Trajectory and rewards (P, G) of those kept; rewards (P', G) of all
     """
-    texts, paths, kept, painted = [], [], [], []
+    G, kept_prompts, kept_parts, kept_rewards, all_rewards = config.group_size, [], [], [], []
     for _ in range(1 + config.filter_tries):
-        missing = config.groups - len(texts) // config.group_size
-        chosen = torch.randint(len(prompts), (missing,), generator=generator,
-                               device=generator.device)
-        batch = [prompts[i] for i in chosen.tolist() for _ in range(config.group_size)]
-        path = paint(policy, batch, config, config.steps, generator, kind=config.transition)
-        scores = judge(reward, to_images(policy.decode(path.tokens)), batch)    # (missing * G,)
-        scores = scores.view(missing, config.group_size)                        # (missing, G)
+        missing = config.groups - len(kept_prompts) // G
+        chosen = torch.randint(len(captions), (missing,), generator=generator,
+                               device=generator.device)                         # (missing,)
+        prompts = [captions[i] for i in chosen.tolist() for _ in range(G)]
+        trajectory = sample(policy, prompts, config, config.steps, generator)
+        scores = score(reward, policy.decode(trajectory.tokens), prompts)       # (missing * G,)
+        scores = scores.view(missing, G)                                        # (missing, G)
         keep = sample_filter.keep(scores.std(1))                                # (missing,) bool
-        each = keep.repeat_interleave(config.group_size)                        # (missing * G,)
-        texts += [text for text, good in zip(batch, each.tolist()) if good]
-        paths.append(path.select(each.to(path.tokens.device)))
-        kept.append(scores[keep])
-        painted.append(scores)
+        keep_picture = keep.repeat_interleave(G)                                # (missing * G,)
+        kept_prompts += [prompt for prompt, good in zip(prompts, keep_picture.tolist()) if good]
+        kept_parts.append([x[keep_picture.to(x.device)] for x in trajectory])
+        kept_rewards.append(scores[keep])
+        all_rewards.append(scores)
         if keep.all():
             break
-    return texts, Trajectory.cat(paths), torch.cat(kept), torch.cat(painted)
+    trajectory = Trajectory(*map(torch.cat, zip(*kept_parts)))
+    return kept_prompts, trajectory, torch.cat(kept_rewards), torch.cat(all_rewards)
 
 
-def check_ratio(logp, path, b, t, kind, dtype):
-    """The ratio of learner to sampler per factor, before the weights have moved. RunError if not 1.
-
-    Not every step has to agree, though: p1 has a hard threshold, and rounding can put a code on its
-    other side. In bf16 logits keep 8 bits: batches of other sizes may round otherwise, and n
-    factors that are off by rounding make a product that is off by sqrt(n) times as much.
-    logp (M,), the learner's, of pictures b (M,) and steps t (M,) -> float
-    """
-    n = num_factors(path.step[b], t, kind)                                      # (M,)
-    log_ratio = logp - path.logp_old[t, b]                                      # (M,)
-    off = float((log_ratio.abs() / n ** 0.5).quantile(0.95))
-    if not off < (0.1 if dtype == torch.bfloat16 else 1e-3):
-        raise RunError(f"sampler and learner differ by {off:.1e} per factor of a log-probability "
-                       "before any change of the weights (dropout, precision or prompts differ?)")
-    return float((log_ratio / n).mean().exp())
-
-
-def learn(policy, reference, optimizer, prompt_ids, path, advantage, config):
+def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, config):
     """The inner epochs over one rollout, an optimizer step each -> dict of numbers for the log
 
-    prompt_ids (B, L_text), path of B pictures, advantage (B,)
+    prompt_ids (B, L_text), trajectory of B pictures, advantage (B,). Stop if loss or gradient is
+    not finite.
     """
-    (T, B), kind, k, log, old = path.logp_old.shape, config.transition, config.score_steps, {}, []
+    (B, T, _), transition, k = trajectory.noise.shape, config.transition, config.score_steps
     steps = torch.arange(T)[:k] if k > 0 else torch.arange(T)[k:]               # [0:] is all
     pairs = torch.cartesian_prod(torch.arange(B), steps).to(prompt_ids.device)  # (M, 2) b and t
-    # the mean of Eq. 10 runs over all groups asked for: one left out counts as one of advantage 0
+    # Eq. 10 is a mean over all groups asked for: one that was left out counts as advantage 0
     weight = 1 / (config.groups * config.group_size * len(steps))
+    logp_old = []
     for epoch in range(config.inner_epochs):
         parts = []
         for i, (b, t) in enumerate(chunk.unbind(1) for chunk in pairs.split(config.micro_batch)):
-            length = num_factors(path.step[b], t, kind) if config.length_normalize else 1
-            logp = path_logprob(policy, prompt_ids, path, b, t, kind)           # (m,)
-            if epoch == 0:      # the weights are still the old ones; the sampler's own record may
-                old.append(logp.detach())       # be rounded otherwise, enough in bf16 to be clipped
-            loss, part = grpo_loss(logp / length, old[i] / length, advantage[b],
+            logp = replay_logprob(policy, prompt_ids, trajectory, b, t, transition)     # (m,)
+            if epoch == 0:                      # the weights are still those that sampled
+                logp_old.append(logp.detach())
+            length = 1
+            if config.length_normalize:
+                length = num_factors(trajectory.revealed_at[b], t, transition)  # (m,)
+            loss, part = grpo_loss(logp / length, logp_old[i] / length, advantage[b],
                                    config.clip_low, config.clip_high)
             if reference is not None:
                 with torch.no_grad():
-                    logp_ref = path_logprob(reference, prompt_ids, path, b, t, kind)
+                    logp_ref = replay_logprob(reference, prompt_ids, trajectory, b, t, transition)
                 kl = kl_k3(logp / length, logp_ref / length)                    # (m,)
                 loss, part["kl"] = loss + config.beta * kl.mean(), kl.detach()
+            # The gradient leaves out how the weights move the ranking: `loses` in p1 is a boolean
+            # and the noise is given, so this is not the whole policy gradient, in any version.
             loss = loss * len(b) * weight
             loss.backward()
             parts.append({"loss": loss.detach()[None], **part})
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}   # (M,) each
-        if epoch == 0:
-            log["ratio_first"] = check_ratio(torch.cat(old), path, *pairs.unbind(1), kind,
-                                             policy.dtype)
+        log = {name: float(x.sum() if name == "loss" else x.mean()) for name, x in whole.items()}
         log["grad"] = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-        log |= {"loss": float(whole["loss"].sum()), "ratio": float(whole["ratio"].mean()),
-                "clip": float(whole["clip"].mean())}
-        if reference is not None:
-            log["kl"] = float(whole["kl"].mean())
         for name in ("loss", "grad"):
             if not math.isfinite(log[name]):
-                raise RunError(f"the {name} is {log[name]}")
+                raise Stop(f"the {name} is {log[name]}; try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return log
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The shapes world as a policy: a small Phi, a decoder of tiles, a base trained from scratch.
-#    Most bases are surest of the background, and leave the objects for their last steps, where many
-#    tokens are drawn at once, blind to each other. Mask-GRPO then finds: place the objects first.
+# 8. The training loop. `set_up` (section 12) checks all input and prepares what `run` holds.
 
 
-class TileDecoder(nn.Module):
-    """The shapes world's decoder, where each code is a tile of pixels."""
-
-    def __init__(self):
-        super().__init__()
-        tiles = (rewards.tiles() + 0.5) / 127.5 - 1      # + 0.5: truncating to uint8 gives it back
-        self.register_buffer("tiles", tiles, persistent=False)                  # (K, p, p, 3)
-
-    def forward(self, codes):
-        """codes (B, h, w) -> (B, 3, h * p, w * p) in [-1, 1]"""
-        pixels = self.tiles[codes].permute(0, 5, 1, 3, 2, 4)                    # (B, 3, h, p, w, p)
-        return pixels.flatten(4, 5).flatten(2, 3)
+def set_lr(optimizer, peak, i, warmup, total):
+    """The learning rate of update i = 0, 1, ...: a linear warm-up times a cosine to 0 -> float"""
+    cosine = (1 + math.cos(math.pi * min(1.0, i / total))) / 2
+    lr = peak * (min(1.0, (i + 1) / (warmup + 1)) * cosine)
+    for group in optimizer.param_groups:        # by hand: there is no scheduler to restore wrongly
+        group["lr"] = lr
+    return lr
 
 
-def shapes_policy(config):
-    """A Policy of random weights whose text vocabulary are the words of the shapes world."""
+def train(config: Config):
+    """Base, Mask-GRPO, comparison -> the closing numbers; None if Ctrl-C or SIGTERM ended it"""
+    run, trained = set_up(config), None
+    with finish_update_first() as asked_to_stop:
+        for update in range(len(run.rows) + 1, config.updates + 1):
+            start = time.time()
+            lr = set_lr(run.optimizer, config.lr, update - 1, config.warmup, config.updates)
+
+            # sample groups of pictures and score them; learn, unless every group vanished
+            with blame(f"update {update}", Stop):
+                prompts, trajectory, kept, all_rewards = sample_groups(
+                    run.policy, run.reward, run.captions, run.sample_filter, config, run.generator)
+                numbers = {"ratio": 1.0, "clip": 0.0, "kl": 0.0, "grad": 0.0, "loss": 0.0}
+                if prompts:
+                    advantage = group_advantage(kept).flatten().to(run.policy.device)   # (B,)
+                    numbers |= learn(run.policy, run.reference, run.optimizer,
+                                     run.policy.encode(prompts), trajectory, advantage, config)
+            row = {"update": update, "reward": float(all_rewards.mean()),
+                   "reward_se": float(all_rewards.std() / all_rewards.numel() ** 0.5),
+                   "live": sum(len(set(group)) > 1 for group in kept.tolist()),
+                   "sampled": len(all_rewards),
+                   **numbers, "lr": lr, "seconds": time.time() - start, "heldout": ""}
+
+            # evaluate with fixed captions and noise; save what --resume needs before the pictures
+            evaluated = update % config.eval_every == 0 or update == config.updates
+            if evaluated:
+                trained = evaluate(run.policy, run.measure, run.splits, config)
+                row["heldout"] = float(trained[0][1].mean())
+            run.rows.append(row)
+            print(log_line(run.rows, config), flush=True)
+            if evaluated or asked_to_stop:
+                save_checkpoint(run, config)
+            save_rows(run.rows, f"{config.out}/metrics.csv")
+            if evaluated:
+                save_grid(f"{config.out}/samples/update_{update:05d}.png",
+                          f"base | update {update}", run.splits[1], run.base, trained)
+            if asked_to_stop:
+                print(f"stopped after update {update}; go on with: "
+                      f"python mask_grpo.py --resume --out {config.out}")
+                return None
+    return report(run, trained or evaluate(run.policy, run.measure, run.splits, config), config)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. That was the whole method. From here on: two worlds that it runs in, the shapes (9) and Show-o
+#    (10), then evaluation and checkpoints (11), the set-up (12) and the command line (13).
+#    The shapes world has a small Phi, a decoder of tiles, and a base trained from scratch.
+#    RL mainly changes the order. Like most bases, this one is most confident of the background and
+#    leaves the objects for its last steps, where many tokens are drawn at once, independently of
+#    each other. Mask-GRPO learns to place the objects first.
+
+
+def shapes_policy(config) -> Policy:
+    """A Policy with random weights whose text vocabulary is the words of the shapes world."""
     words = sorted({word for *_, caption in rewards.all_captions() for word in caption.split()})
     words.insert(0, "<|endoftext|>")
     torch.manual_seed(config.seed)
     phi = PhiConfig(
-        vocab_size=len(words) + 10 + rewards.CODEBOOK_SIZE + 1, hidden_size=config.width,
-        intermediate_size=2 * config.width, num_hidden_layers=config.layers,
-        num_attention_heads=config.width // 16, qk_layernorm=True,
+        vocab_size=len(words) + NUM_SPECIAL + rewards.CODEBOOK_SIZE + 1,
+        hidden_size=config.width, intermediate_size=2 * config.width,
+        num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         hidden_act="gelu_pytorch_tanh",     # the formula of Show-o's gelu_new, in one kernel
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
         # neighbours in a 6 x 6 grid are 1 and 6 apart: rotate whole heads, and faster than for text
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
-    phi.name_or_path = "shapes"
 
     def tokenize(prompt):
         unknown = set(prompt.split()) - set(words)
         if unknown:
-            raise UsageError(f"the shapes world does not know the words {sorted(unknown)}; "
-                             "--model names a policy that knows more")
+            raise Stop(f"the shapes world does not know the words {sorted(unknown)}; "
+                       "--model names a policy that knows more")
         return [words.index(word) for word in prompt.split()]
 
-    return Policy(phi, tokenize, 0, TileDecoder(), rewards.GRID ** 2, rewards.CODEBOOK_SIZE)
+    return Policy(phi, tokenize, 0, rewards.TileDecoder(), rewards.GRID ** 2, rewards.CODEBOOK_SIZE)
 
 
-def warmup_cosine(warmup, total):
-    """The learning rate's factor at update i, for LambdaLR: a linear warm-up times a cosine to 0"""
-    def factor(i):
-        return min(1.0, (i + 1) / (warmup + 1)) * (1 + math.cos(math.pi * min(1.0, i / total))) / 2
-    return factor
-
-
-CATEGORY_WEIGHTS = (1, 1, 2, 1, 3, 2)   # in pretraining: counts and relations are learned last
-
-
-def pretrain(policy, config, batch=32):
-    """Masked-token prediction on right pictures: mask a random share of tokens, predict them.
+def pretrain(policy, config, batch=32, lr=5e-3, prompt_dropout=0.1):
+    """Masked-token prediction on correct pictures: mask a random share of tokens, predict them.
 
     Held-out captions take part: the base knows the whole world, only the RL updates see less of it.
+    A share of the prompts is replaced by "", so that guidance has an unconditional model.
     """
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     N, MASK, total = policy.num_tokens, policy.codebook_size, config.pretrain_steps
-    both = [rewards.captions(heldout) for heldout in (False, True)]
-    prompts = [rng.choice([caption for side in both for caption in side[category]]) for category in
-               rng.choices(rewards.CATEGORIES, CATEGORY_WEIGHTS, k=min(20_000, batch * total))]
-    pictures = torch.tensor([rewards.draw_scene(prompt, rng) for prompt in prompts])
-    optimizer = torch.optim.AdamW(policy.parameters(), config.pretrain_lr, (0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(100, total))
-    for i in range(1, total + 1):
+    prompts, pictures = rewards.draw_pairs(min(20_000, batch * total), rng)     # (n,), (n, N)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98))
+    for i in range(total):
+        set_lr(optimizer, lr, i, 100, total)
         index = torch.randint(len(prompts), (batch,), generator=generator)      # (batch,)
-        text = [prompts[j] if rng.random() > config.prompt_dropout else "" for j in index.tolist()]
+        text = [prompts[j] if rng.random() > prompt_dropout else "" for j in index.tolist()]
         share = torch.cos(torch.rand(batch, 1, generator=generator) * math.pi / 2)   # as in MaskGIT
         order = torch.rand(batch, N, generator=generator).argsort(-1)           # (batch, N)
         masked = (order < (share * N).ceil()).to(policy.device)                 # (batch, N) bool
@@ -670,366 +636,167 @@ def pretrain(policy, config, batch=32):
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if i % 500 == 0 or i == total:
-            print(f"pretrain {i:5d}/{total} | cross-entropy {loss.item():.3f}", flush=True)
-
-
-BASE_SETTINGS = ("width", "layers", "pretrain_steps", "pretrain_lr", "prompt_dropout", "seed")
+        if (i + 1) % 500 == 0 or i + 1 == total:
+            print(f"pretrain {i + 1:5d}/{total} | cross-entropy {loss.item():.3f}", flush=True)
 
 
 def load_base(policy, config):
-    """Give the policy the base's weights, kept in the output folder -> seconds of training"""
-    path = pathlib.Path(config.out) / "base"
-    settings = {name: getattr(config, name) for name in BASE_SETTINGS}
-    if path.exists():
-        base = read_checkpoint(path)
-        if base["settings"] == settings:
-            load_weights(policy.lm, read_tensors(path), "showo.", path)
-            print(f"base: {path}, pretrained before")
-            return base["seconds"]
-    start = time.time()
-    pretrain(policy, config)
-    seconds = time.time() - start
-    write_checkpoint(path, policy, {"settings": settings, "seconds": seconds})
-    return seconds
+    """Give the policy the base's weights, kept in --out/base.pt -> seconds of pretraining"""
+    path, start = pathlib.Path(config.out, "base.pt"), time.time()
+    settings = [config.width, config.layers, config.pretrain_steps, config.seed]
+    if not path.exists():
+        pretrain(policy, config)
+        save({"policy": policy.state_dict(), "settings": settings, "seconds": time.time() - start},
+             path)
+    with blame(f"{path} cannot be used; delete it or choose another --out"):
+        base = torch.load(path, "cpu", weights_only=True)
+        if base["settings"] != settings:
+            raise Stop(f"it has other settings (width, layers, steps, seed: {base['settings']})")
+        load_weights(policy, base["policy"], path)
+        return base["seconds"]
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Show-o as a policy: the published weights in the class of section 2, and MAGVIT-v2's decoder.
+# 10. Show-o as a policy: the published weights in the class of section 2 (the decoder: reward.py).
+
+# What --model changes where no flag is given, for the 512 x 512 model. Group size, T, learning rate
+# and batch are the paper's. Guidance, warm-up, weight decay, clip bounds and CLIP ViT-H-14 are the
+# released code's; 625 updates are one pass over its 10,000 captions, 16 at a time.
+SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
+             group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
+             eval_every=10, eval_pictures=16)
 
 
-class ResBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 shortcut if channels change."""
-
-    def __init__(self, before, after):
-        super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(32, c, eps=1e-6) for c in (before, after))
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
-
-    def forward(self, x):
-        """(B, before, h, w) -> (B, after, h, w)"""
-        inner = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
-
-
-class AttnBlock(nn.Module):
-    """x + attention of one head over all h * w positions."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x):
-        """(B, C, h, w) -> the same"""
-        inner = self.norm(x)
-        q, k, v = (f(inner).flatten(2).mT for f in (self.q, self.k, self.v))    # (B, h * w, C)
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.view_as(x))
-
-
-class MagvitDecoder(nn.Module):
-    """The decoder of MAGVIT-v2 (Yu et al., 2023) as Show-o publishes it, names of modules included.
-
-    There is no codebook: a code is its own vector, its 13 bits as -1 and 1. Only `width` is free,
-    for tests; published is 128.
-    """
-
-    def __init__(self, width=128, bits=13):
-        super().__init__()
-        channels = [width * factor for factor in (1, 1, 2, 2, 4)]               # fine to coarse
-        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
-        self.conv_in = nn.Conv2d(bits, channels[-1], 3, padding=1)
-        self.mid = nn.ModuleDict({
-            "block_1": ResBlock(channels[-1], channels[-1]), "attn_1": AttnBlock(channels[-1]),
-            "block_2": ResBlock(channels[-1], channels[-1])})
-        self.up = nn.ModuleList()
-        for level, (c, blocks) in enumerate(zip(channels, (4, 4, 3, 4, 3))):
-            before = channels[min(level + 1, 4)]                                # from the coarser
-            self.up.append(nn.ModuleDict({"block": nn.ModuleList(
-                ResBlock(before if i == 0 else c, c) for i in range(blocks))}))
-            if level > 0:
-                self.up[level]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
-        self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, codes):
-        """codes (B, h, w) long -> (B, 3, 16 h, 16 w), in [-1, 1] but for overshoot"""
-        bits = self.conv_in.in_channels
-        shifts = torch.arange(bits - 1, -1, -1, device=codes.device)            # highest bit first
-        x = ((codes[:, None] >> shifts[:, None, None]) & 1).float() * 2 - 1     # (B, 13, h, w)
-        x = self.conv_in(self.post_quant_conv(x))                               # (B, 4 width, h, w)
-        for name in ("block_1", "attn_1", "block_2"):
-            x = self.mid[name](x)
-        for level in reversed(self.up):
-            for block in level["block"]:
-                x = block(x)
-            if "upsample" in level:
-                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2))     # 2 h, 2 w
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-# File names under which weights are published, the preferred first; an index names the shards.
-WEIGHT_FILES = [stem + kind + index for kind in (".safetensors", ".bin")
-                for index in ("", ".index.json")
-                for stem in ("pytorch_model", "model", "diffusion_pytorch_model")]
-
-
-def fetch(source, *names):
-    """The first of these files that a local folder or a hub repository has -> Path. UsageError."""
-    local, why = os.path.isdir(source), "it holds none of them"
-    for name in names:
-        try:
-            path = os.path.join(source, name) if local else hf_hub_download(source, name)
-            if os.path.isfile(path):
-                return pathlib.Path(path)
-        except LocalEntryNotFoundError:             # offline; another name may be in the cache
-            why = "it is no local folder, and the hub cannot be reached; check name and network"
-        except EntryNotFoundError:
-            pass
-        except (OSError, ValueError) as error:      # no such repository, no such kind of name, ...
-            why = f"it is no local folder and cannot be downloaded: {error}"
-            break
-    others = " (or another usual name)" if len(names) > 1 else ""
-    raise UsageError(f"{source} gives no {names[0]}{others}: {why}")
-
-
-def one_tensor(file, name):
-    """Of a safetensors file, which is opened anew each time, to let go of what was read before."""
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(name)
-
-
-def read_tensors(source):
-    """A checkpoint, file, folder or hub id -> (name, tensor), one by one. UsageError if damaged."""
-    files = [pathlib.Path(source)]
-    if not files[0].is_file():
-        files = [fetch(source, *WEIGHT_FILES)]
-        if files[0].suffix == ".json":              # an index of shards
-            try:
-                shards = set(json.loads(files[0].read_text())["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UsageError(f"{files[0]} is no index of shards; download it anew") from None
-            files = [fetch(source, shard) for shard in sorted(shards)]
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as tensors:
-                    names = tensors.keys()
-                yield from ((name, one_tensor(file, name)) for name in names)
-            else:                                   # mmap: nothing is read before it is copied
-                yield from torch.load(file, "cpu", weights_only=True, mmap=True).items()
-        except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, ValueError,
-                pickle.UnpicklingError) as error:
-            raise UsageError(f"{file} is truncated or holds no tensors ({type(error).__name__}); "
-                             "download or save it anew") from None
-
-
-def load_weights(module, tensors, prefix, source):
-    """Copy (name, tensor) pairs into a module, strictly but for the prefix; else a UsageError."""
-    ours, wrong = module.state_dict(), []
-    missing = {prefix + name for name in ours}
-    for name, tensor in tensors:
-        mine = ours.get(name.removeprefix(prefix)) if name in missing else None
-        shape = getattr(tensor, "shape", ())
-        missing.discard(name)
-        if mine is None or mine.shape != shape:
-            needs = "unknown here" if mine is None else f"{(*mine.shape,)} here"
-            wrong.append(f"{name} {(*shape,)} is {needs}")
-        else:
-            mine.copy_(tensor)                      # in place, and to the module's type and device
-    wrong += [f"{name} is missing" for name in missing]
-    if wrong:
-        raise UsageError(f"{source} does not fit, {len(wrong)} tensors differ: "
-                         f"{'; '.join(sorted(wrong)[:3])}")
-
-
-def showo_config(model):
-    """config.json of a Show-o folder or hub id -> dict. UsageError."""
-    try:
-        config = json.loads(fetch(model, "config.json").read_text())
-        return {name: config[name] for name in ("vocab_size", "llm_vocab_size", "llm_model_path",
-                                                "codebook_size", "num_vq_tokens")}
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"config.json of {model} is not Show-o's: {error!r}") from None
+def load_weights(policy, weights, source):
+    """Fill a policy by name, strictly; other modules (an encoder) are left out by their prefix."""
+    own = policy.state_dict()
+    parts = {name.split(".")[0] for name in own}
+    without_storage = any(x.is_meta for x in own.values())
+    with blame(f"the weights of {source} do not fit"):
+        weights = {name: x.to(own[name].dtype) if name in own else x
+                   for name, x in weights.items() if name.split(".")[0] in parts}
+        policy.load_state_dict(weights, assign=without_storage)     # assigned: no second copy
 
 
 def load_showo(model, vq_model="showlab/magvitv2", weights=None, device="cpu") -> Policy:
     """Show-o and its decoder from hub ids or local folders. `weights`: others than the model's own.
 
-    Built without storage, then filled tensor by tensor: there is never a second copy in memory.
-    UsageError if anything is missing or does not fit.
+    Built without storage, then filled from the files. Stop if anything is missing or does not fit.
     """
-    sizes, device = showo_config(model), torch.device(device)
-    llm, text, K = sizes["llm_model_path"], sizes["llm_vocab_size"], sizes["codebook_size"]
-    try:
+    path, device = find(model, "config.json"), torch.device(device)
+    with blame(f"{path} is not Show-o's"):
+        config = json.loads(path.read_text())
+        llm, text, vocab_size, K, N = (config[name] for name in (
+            "llm_model_path", "llm_vocab_size", "vocab_size", "codebook_size", "num_vq_tokens"))
+    with blame(f"{llm}, the language model of {model}, has no tokenizer or config here"):
         tokenizer = AutoTokenizer.from_pretrained(llm)
+        # no dropout: sampler and learner must agree
         phi = PhiConfig.from_pretrained(
-            llm, vocab_size=sizes["vocab_size"], qk_layernorm=True, tie_word_embeddings=False,
-            attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0)     # for acting = learning
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{llm}, the language model of {model}, has no tokenizer or config that "
-                         f"can be loaded: {textwrap.shorten(str(error), 200)}") from None
-    if len(tokenizer) != text or sizes["vocab_size"] != text + 10 + K + 1:
-        raise UsageError(f"{model} needs a tokenizer of {text} tokens ({llm} has {len(tokenizer)}) "
-                         f"and a vocabulary of these, 10 special ones, {K} codes and MASK (it has "
-                         f"{sizes['vocab_size']})")
-    phi.name_or_path = llm
+            llm, vocab_size=vocab_size, qk_layernorm=True, tie_word_embeddings=False,
+            attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    if len(tokenizer) != text or vocab_size != text + NUM_SPECIAL + K + 1:
+        raise Stop(f"{model}: its {vocab_size} ids are not {text} of text, {NUM_SPECIAL} special, "
+                   f"{K} codes and MASK, or {llm} has a tokenizer of {len(tokenizer)}, not {text}")
     if phi.hidden_act == "gelu_new":
-        phi.hidden_act = "gelu_pytorch_tanh"        # the same formula in one kernel
-
-    vq = [(name, tensor) for name, tensor in read_tensors(vq_model) if name.startswith("decoder.")]
-    width = dict(vq).get("decoder.conv_out.weight", torch.empty(3, 128)).shape[1]
-    decoder = MagvitDecoder(width).to(device).requires_grad_(False)
-    load_weights(decoder, vq, "decoder.", vq_model)
+        phi.hidden_act = "gelu_pytorch_tanh"            # the same formula in one kernel
 
     def tokenize(prompt):
         return tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
 
+    vq, source = read_weights(vq_model), weights or model
+    width = vq.get("decoder.conv_out.weight", torch.empty(3, 128)).shape[1]
     with torch.device("meta"):
-        policy = Policy(phi, tokenize, tokenizer.bos_token_id, None, sizes["num_vq_tokens"], K)
-    rotary = type(policy.lm.model.rotary_emb)(phi)  # its buffers are computed, not stored
-    policy.lm.to_empty(device=device).model.rotary_emb = rotary.to(device)
-    policy.decoder, policy.mixed = decoder, True
-    load_weights(policy.lm, read_tensors(weights or model), "showo.", weights or model)
-    return policy
+        decoder = MagvitDecoder(width).requires_grad_(False)
+        policy = Policy(phi, tokenize, tokenizer.bos_token_id, decoder, N, K)
+    rotary = policy.showo.model.rotary_emb
+    policy.showo.model.rotary_emb = type(rotary)(phi)   # its buffers are computed, not stored
+    load_weights(policy, {**read_weights(source), **vq}, f"{source} and {vq_model}")
+    policy.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return policy.to(device)
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. What a run leaves behind: scores, pictures, checkpoints.
-
-GRID_COLUMNS = 4   # captions per category that are shown
+# 11. Evaluation, the log and the checkpoint.
 
 
 @torch.no_grad()
-def evaluate(policy, measure, sides, config):
-    """Paint and measure fixed captions from fixed noise: only the weights can make a difference.
+def evaluate(policy, measure, splits, config):
+    """Sample and score fixed captions with fixed noise: only the weights can make a difference.
 
-    sides: S dicts of C categories -> scores (S, C, n), first pictures (S, C, GRID_COLUMNS, H, W, 3)
+    splits: S dicts of C categories -> scores (S, C, n), the first pictures (S, C, 4, H, W, 3)
     """
     n = config.eval_pictures
     prompts = [captions[i % len(captions)]
-               for side in sides for captions in side.values() for i in range(n)]
+               for split in splits for captions in split.values() for i in range(n)]
     generator = torch.Generator(policy.device).manual_seed(config.seed + 1)
-    path = paint(policy, prompts, config, config.eval_steps, generator, config.guidance)
-    pixels = policy.decode(path.tokens).cpu()                                   # (S*C*n, H, W, 3)
-    scores = judge(measure, to_images(pixels), prompts).view(len(sides), -1, n)  # (S, C, n)
-    return scores, pixels.view(*scores.shape, *pixels.shape[1:])[:, :, :GRID_COLUMNS].clone()
+    trajectory = sample(policy, prompts, config, config.eval_steps, generator, config.guidance)
+    pixels = policy.decode(trajectory.tokens).cpu()                             # (S*C*n, H, W, 3)
+    scores = score(measure, pixels, prompts).view(len(splits), -1, n)           # (S, C, n)
+    pictures = pixels.reshape(*scores.shape, *pixels.shape[1:])[:, :, :rewards.GRID_COLUMNS]
+    return scores, pictures.clone()
 
 
-def save_grid(path, title, captions, before, after, shown=(96, 256)):
-    """A PNG of pairs of pictures, before | after, a category per row, with captions and scores.
-
-    captions: category -> list; before, after: scores (C, n) and pictures (C, GRID_COLUMNS, H, W, 3)
-    """
-    side = min(max(before[1].shape[2], shown[0]), shown[1])     # of a picture in the PNG
-    column, row, top, font = 2 * side + 28, side + 48, 30, ImageFont.load_default(size=13)
-    sheet = Image.new("RGB", (GRID_COLUMNS * column + 12, len(captions) * row + top), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((12, 8), title, "black", font)
-    for i, texts in enumerate(captions.values()):
-        for j in range(GRID_COLUMNS):
-            x, y = 12 + j * column, top + i * row
-            caption = textwrap.shorten(texts[j % len(texts)], column // 6, placeholder=" ...")
-            draw.text((x, y), caption, "black", font)
-            for scores, pictures in (before, after):
-                picture = Image.fromarray(pictures[i, j].numpy())
-                sheet.paste(picture.resize((side, side), Image.Resampling.BOX), (x, y + 18))
-                draw.rectangle((x, y + 18, x + side - 1, y + 17 + side), outline="gray")
-                draw.text((x, y + 19 + side), f"{scores[i, j]:.2f}", "gray", font)
-                x += side + 4
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
-
-
-def write_checkpoint(path, policy, state):
-    """A folder in Show-o's own layout, and beside the weights what a run needs to go on: state.pt
-
-    Written under another name, then renamed: who is killed in between keeps the last good one.
-    """
-    partial, old = path.with_suffix(".partial"), path.with_suffix(".old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps({
-        "_class_name": "Showo", "w_clip_vit": False, "load_from_showo": True,
-        "vocab_size": policy.lm.config.vocab_size, "llm_vocab_size": policy.pad_id,
-        "llm_model_path": policy.lm.config.name_or_path, "codebook_size": policy.codebook_size,
-        "num_vq_tokens": policy.num_tokens}, indent=2))
-    weights = {f"showo.{name}": tensor for name, tensor in policy.lm.state_dict().items()}
-    save_file(weights, partial / "pytorch_model.safetensors", {"format": "pt"})
-    torch.save(state, partial / "state.pt")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def last_checkpoint(out):
-    """Where the last good checkpoint of an output folder is -> Path, that may not exist"""
-    path = pathlib.Path(out) / "checkpoint"
-    old = path.with_suffix(".old")              # killed between the two renames
-    return old if old.exists() and not path.exists() else path
-
-
-def read_checkpoint(path):
-    """The state.pt of write_checkpoint -> dict. UsageError if it is missing or damaged."""
-    try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        assert state.keys() & {"config", "settings"}        # torch saves other things, too
-        return state
-    except FileNotFoundError:
-        raise UsageError(f"there is no {path} to go on from; name a run's folder with --out"
-                         ) from None
-    except Exception as error:                  # torch has half a dozen kinds for a damaged file
-        raise UsageError(f"{path / 'state.pt'} is truncated or no checkpoint "
-                         f"({type(error).__name__}); delete {path} or choose another --out"
-                         ) from None
-
-
-def peak_memory_mb():
-    """The most memory held at once: the GPU's where there is one, else that of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    if sys.platform == "win32":
-        return math.nan                     # Windows has no `resource` module
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
-
-
-COLUMNS = ("update", "reward", "reward_se", "live", "painted", "ratio_first", "ratio", "clip", "kl",
-           "grad", "loss", "lr", "seconds", "heldout")
-
-
-def log_line(row, config, seconds_left):
-    """One update in one line of fixed width. The reward comes first: it is what should move."""
-    left = f"{int(seconds_left) // 60:3d}:{int(seconds_left) % 60:02d}"
+def log_line(rows, config):
+    """The last update in one line of fixed width. The reward comes first: it should move."""
+    row, mean_seconds = rows[-1], sum(row["seconds"] for row in rows) / len(rows)
+    left = int(mean_seconds * (config.updates - row["update"]))
     return (f"update {row['update']:4d}/{config.updates} | reward {row['reward']:.4f} "
-            f"±{row['reward_se']:.4f} | live groups {row['live']:2d}/{row['painted']:2d} | "
-            f"ratio {row['ratio_first']:.3f}→{row['ratio']:.3f} | clip {row['clip']:4.0%} | "
-            f"kl {row['kl']:.4f} | grad {row['grad']:5.2f} | loss {row['loss']:+.4f} | "
-            f"{row['seconds']:4.1f} s | left {left}")
+            f"+-{row['reward_se']:.4f} | live groups {row['live']:2d}/{row['sampled']:2d} | "
+            f"ratio {row['ratio']:.3f} | clip {row['clip']:4.0%} | kl {row['kl']:.4f} | "
+            f"grad {row['grad']:5.2f} | loss {row['loss']:+.4f} | {row['seconds']:4.1f} s | "
+            f"left {left // 60:3d}:{left % 60:02d}")
 
 
-def report(base, trained, categories, numbers):
-    """Print the table per category and the closing block. base, trained: scores (2, C, n)"""
-    print("\n" + " " * 28 + "".join(f"{name:>12}" for name in [*categories, "all"]))
-    for side, name in enumerate(("trained-on captions", "held-out captions")):
-        for when, scores in (("base", base[side]), ("trained", trained[side])):
-            means = [*scores.mean(1).tolist(), float(scores.mean())]
+def save_checkpoint(run, config):
+    """checkpoint.pt: all that --resume needs."""
+    save({"config": dataclasses.asdict(config), "directory": os.getcwd(),
+          "policy": run.policy.state_dict(), "optimizer": run.optimizer.state_dict()["state"],
+          "generator": run.generator.get_state(), "device": run.policy.device.type,
+          "filter": list(run.sample_filter.history), "splits": run.splits, "base": run.base,
+          "rows": run.rows}, pathlib.Path(config.out, "checkpoint.pt"))
+
+
+def read_checkpoint(out, mmap=False):
+    """The checkpoint of a folder -> dict. Stop if it is missing or damaged."""
+    path = pathlib.Path(out, "checkpoint.pt")
+    if not path.exists():
+        raise Stop(f"there is no {path} to go on from; name a run's folder with --out")
+    with blame(f"{path} is damaged or no checkpoint; choose another --out"):
+        state = torch.load(path, "cpu", weights_only=True, mmap=mmap)
+        Config(**state["config"])
+        return state
+
+
+def report(run, trained, config):
+    """Print the table per category and the closing block, save comparison.png -> its numbers"""
+    print("\n" + " " * 28 + "".join(f"{name:>12}" for name in [*run.splits[0], "all"]))
+    for i, name in enumerate(("trained-on captions", "held-out captions")):
+        for when, scores in (("base", run.base[0]), ("trained", trained[0])):   # (2, C, n)
+            means = [*scores[i].mean(1).tolist(), float(scores[i].mean())]
             print(f"{name:20}{when:>8}" + "".join(f"{mean:12.3f}" for mean in means))
+    numbers = {"seed": config.seed, "updates": config.updates}
+    for i, name in enumerate(("", "heldout_")):
+        numbers |= {f"{name}base": float(run.base[0][i].mean()),
+                    f"{name}trained": float(trained[0][i].mean())}
+    numbers |= {"pretrain_seconds": run.pretrain_seconds,
+                "train_seconds": sum(row["seconds"] for row in run.rows),
+                "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20}
     print("---")
     for name, value in numbers.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    save_grid(f"{config.out}/comparison.png", "base | trained", run.splits[1], run.base, trained)
+    return numbers
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. The run. First everything that can be wrong with the command, then the loop.
+# 12. The set-up: whatever can be wrong is found here, before any long work.
+
+OPTIMIZERS = ("adamw", "adafactor")
+LIMITS = {          # (least, most); other counts are at least 1, other numbers at least 0
+    "seed": (0, 2 ** 31 - 1), "width": (16, 4096), "group_size": (2, 10 ** 9), "lr": (1e-9, 1),
+    "clip_low": (0, 0.99), "filter_quantile": (0, 0.99), "max_grad_norm": (1e-9, 10 ** 9),
+    "filter_tries": (0, 10 ** 9), "warmup": (0, 10 ** 9), "score_steps": (-10 ** 9, 10 ** 9),
+    "eval_pictures": (rewards.GRID_COLUMNS, 10 ** 9)}
 
 
 def flag(name):
@@ -1038,148 +805,54 @@ def flag(name):
 
 
 def check(config):
-    """UsageError for the first setting that cannot work, naming the cause and the mend."""
-    c, rules = config, []
-    for field in dataclasses.fields(c):
-        if field.type is float:
-            rules.append((field.name, math.isfinite(getattr(c, field.name)), "is no finite number"))
-    for name in ("layers", "pretrain_steps", "updates", "groups", "inner_epochs", "rollout_batch",
-                 "micro_batch", "eval_every", "samples"):
-        rules.append((name, getattr(c, name) >= 1, "must be at least 1"))
-    for name in ("seed", "temperature", "guidance", "clip_high", "beta", "weight_decay",
-                 "filter_tries", "warmup"):
-        rules.append((name, getattr(c, name) >= 0, "must not be negative"))
-    for name in ("clip_low", "prompt_dropout", "filter_quantile"):
-        rules.append((name, 0 <= getattr(c, name) < 1, "must be at least 0 and below 1"))
-    for name, known in (("transition", TRANSITIONS), ("optimizer", OPTIMIZERS)):
-        rules.append((name, getattr(c, name) in known, f"is unknown; choose of {[*known]}"))
-    rules += [
-        ("group_size", c.group_size >= 2, "is too small: an advantage compares 2 pictures or more"),
-        ("score_steps", abs(c.score_steps) <= c.steps, f"is more than the {c.steps} of --steps"),
-        ("width", c.width > 0 and c.width % 16 == 0, "must be a multiple of 16, the head size"),
-        ("lr", 0 < c.lr < 1, "must lie between 0 and 1; 1e-3 suits a small policy, 3e-6 Show-o"),
-        ("pretrain_lr", 0 < c.pretrain_lr < 1, "must lie between 0 and 1"),
-        ("max_grad_norm", c.max_grad_norm > 0, "must be positive"),
-        ("eval_pictures", c.eval_pictures >= GRID_COLUMNS, f"must be at least {GRID_COLUMNS}"),
-        ("model", not c.model or c.prompts or c.generate, "needs --prompts, a file of captions")]
-    for name, good, why in rules:
-        if not good:
-            raise UsageError(f"{flag(name)} {getattr(c, name)} {why}")
-    N = showo_config(c.model)["num_vq_tokens"] if c.model else rewards.GRID ** 2
-    for name in ("steps", "eval_steps"):
-        if not 1 <= getattr(c, name) <= N:
-            raise UsageError(f"{flag(name)} {getattr(c, name)} must lie in 1..{N}: every step "
-                             f"reveals a token, and there are {N}")
+    """Stop at the first setting that cannot work -> the torch device"""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        least, most = LIMITS.get(field.name, (int(field.type is int), 10 ** 9))
+        if field.type in (int, float) and not least <= value <= most:       # NaN does not
+            raise Stop(f"{flag(field.name)} {value}: must lie in {least}..{most}")
+    if config.width % 16:
+        raise Stop(f"--width {config.width}: must be a multiple of 16, the size of a head")
+    if abs(config.score_steps) > config.steps:
+        raise Stop(f"--score-steps {config.score_steps}: there are only --steps {config.steps}")
+    if config.model and not (config.prompts or config.generate):
+        raise Stop(f"--model {config.model} needs --prompts, a file of captions")
+    here = ["auto", "cpu"]
+    if torch.accelerator.is_available():
+        here.append(torch.accelerator.current_accelerator().type)
+    if config.device not in here:
+        raise Stop(f"--device {config.device} is not available; choose from {', '.join(here)}")
+    with blame(f"--out {config.out} cannot be written; choose another folder"):
+        os.makedirs(config.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out).close()
+    return torch.device(here[-1] if config.device == "auto" else config.device)
 
 
-def pick_device(name):
-    """The torch device of that name; auto is the fastest there is. UsageError if it is not here."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [kind for kind, available in has.items() if available]
-    if name not in ("auto", *here):
-        raise UsageError(f"--device {name} is not here; choose of: auto, {', '.join(here)}")
-    return torch.device(here[0] if name == "auto" else name)
-
-
-def claim_folder(config):
-    """Make sure of the output folder -> state of the checkpoint to go on from, or None"""
-    out, ours = pathlib.Path(config.out), dataclasses.asdict(config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written ({error.strerror}); "
-                         "choose another folder") from None
-    path = last_checkpoint(out)
-    if config.resume:
-        saved = read_checkpoint(path)
-        for name in (*BASE_SETTINGS, "model", "vq_model", "weights", "prompts", "optimizer"):
-            if ours[name] != saved["config"][name]:
-                raise UsageError(f"{flag(name)} {ours[name]} cannot be resumed, the run in {out} "
-                                 f"has {saved['config'][name]!r}; leave the flag out")
-        return saved
-    if path.exists() and not config.generate:
-        held = read_checkpoint(path)["config"]
-        other = [f"{flag(name)} {held.get(name)}" for name in ours
-                 if name not in ("out", "resume", "device") and ours[name] != held.get(name)]
-        if other:
-            raise UsageError(f"--out {out} holds a run with other settings "
-                             f"({', '.join(other)}); choose another --out, or --resume that run")
-    return None
-
-
-def read_prompts(path):
-    """The captions of a file -> list of dicts that have a "prompt" and keep what else was there
-
-    .txt has one per line; .json is a list, .jsonl a line each, of texts or of objects with a
-    `caption` or `prompt`. UsageError if there are none.
-    """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if path.endswith(".json"):
-            items = json.loads(text)
-        else:
-            items = [json.loads(line) for line in lines] if path.endswith(".jsonl") else lines
-        records = [{"prompt": item} if isinstance(item, str) else
-                   {**item, "prompt": item["prompt" if "prompt" in item else "caption"]}
-                   for item in items]
-        if not all(isinstance(record["prompt"], str) for record in records):
-            raise TypeError
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is no text in UTF-8; give .txt, .json or .jsonl") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is no valid JSON ({error})") from None
-    except (KeyError, TypeError):
-        raise UsageError(f"{path} must hold texts, or objects with a text `caption` or `prompt`"
-                         ) from None
-    if not records:
-        raise UsageError(f"{path} holds no caption")
-    return records
-
-
-def caption_sides(config):
-    """The captions trained on, and those held out -> 2 dicts, category -> list[str]
-
-    Of a file a tenth is held out, 64 at most, chosen by a checksum: the same ones in every run.
-    """
-    if not config.prompts:
-        return [rewards.captions(heldout=False), rewards.captions(heldout=True)]
-    prompts = list(dict.fromkeys(record["prompt"] for record in read_prompts(config.prompts)))
-    if len(prompts) < 2:
-        raise UsageError(f"{config.prompts} needs two captions: one to train on, one to hold out")
-    prompts.sort(key=lambda prompt: zlib.crc32(prompt.encode()))
-    held = min(64, -(-len(prompts) // 10))
-    return [{"captions": prompts[held:]}, {"captions": prompts[:held]}]
-
-
-def base_policy(config, device, prompts):
-    """The policy before any reinforcement learning -> Policy, seconds of pretraining"""
-    if config.model:
+def make_policy(config, device):
+    """The policy that --model names, with --weights if given -> Policy, or the reader's own"""
+    own = ":" in config.model and not os.path.exists(config.model)
+    if own:
+        with blame(f"--model {config.model}"):
+            policy = rewards.load_function(config.model)(config, device)
+    elif config.model:
         policy = load_showo(config.model, config.vq_model, config.weights or None, device)
     else:
         policy = shapes_policy(config).to(device)
-        if config.weights:
-            load_weights(policy.lm, read_tensors(config.weights), "showo.", config.weights)
-    room = policy.max_text - 2                      # for words, beside task, begin and end
-    cut = sum(len(policy.tokenize(prompt)) > room for prompt in prompts)
-    if cut:
-        print(f"{cut} of {len(prompts)} captions are longer than {room} tokens, and are cut")
-    if config.checkpointing:
-        enable = getattr(policy.lm, "activation_checkpointing_enable", None)    # its newer name
-        (enable or policy.lm.gradient_checkpointing_enable)()
-    return policy, 0.0 if config.model or config.weights else load_base(policy, config)
-
-
-OPTIMIZERS = ("adamw", "adafactor")
+    if config.weights and (own or not config.model):
+        load_weights(policy, read_weights(config.weights), config.weights)
+    if config.checkpointing and not own:            # your own function sees the config itself
+        enable = getattr(policy.showo, "activation_checkpointing_enable", None)     # newer name
+        (enable or policy.showo.gradient_checkpointing_enable)()
+    with blame("--steps and --eval-steps", ValueError):
+        mask_schedule(max(config.steps, config.eval_steps), policy.num_tokens)
+    return policy
 
 
 def make_optimizer(policy, config):
     """AdamW, or torch's Adafactor with a learning rate of the same meaning -> Optimizer"""
-    groups = [{"params": [p for p in policy.lm.parameters() if p.dim() > 1]},
-              {"params": [p for p in policy.lm.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() > 1]},
+              {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
     if config.optimizer == "adafactor":     # eps: steps of size lr, not of lr * size of the weight
         return torch.optim.Adafactor(groups, config.lr, eps=(None, 1.0), foreach=False,
                                      weight_decay=config.weight_decay)
@@ -1187,221 +860,189 @@ def make_optimizer(policy, config):
                              fused=policy.device.type == "cuda")
 
 
-class Interrupt:
-    """Ctrl-C, made polite: the first one is noted in `asked`, the second stops at once."""
-
-    def __enter__(self):
-        self.asked, self.previous = False, signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        """The signal handler."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this update; Ctrl-C again to stop at once", flush=True)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
-
-
-def train(config: Config):
-    """Base, Mask-GRPO, comparison -> the closing numbers, or None if Ctrl-C ended the run early"""
-    check(config)
-    device, saved, out = pick_device(config.device), claim_folder(config), pathlib.Path(config.out)
-    sides = caption_sides(config)
-    most = max(map(len, sides[0].values()))     # all categories equally often, whatever their size
-    prompts = [captions[i % len(captions)] for captions in sides[0].values() for i in range(most)]
-    try:
-        reward = rewards.load_reward(config.reward, device)
-    except ValueError as error:
-        raise UsageError(f"--reward {error}") from None
-    measure = rewards.MEASURES.get(config.reward, reward)
-
-    # the base, and a frozen copy of it for the KL; the reward is tried before it costs anything
-    policy, pretrain_seconds = base_policy(config, device, prompts)
-    tried = policy.decode(torch.zeros(2, policy.num_tokens, dtype=torch.long, device=device))
-    judge(reward, to_images(tried), prompts[:2])
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
-    pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
-    print(f"{sum(p.numel() for p in policy.lm.parameters()):,} parameters | {device} | "
-          f"{policy.dtype} | seed {config.seed} | per update {pictures} pictures, "
-          f"{pictures * scored} transitions, {config.inner_epochs} optimizer step(s)", flush=True)
-    optimizer = make_optimizer(policy, config)
-    factor = warmup_cosine(config.warmup, config.updates)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    sample_filter = SampleFilter(config.filter_quantile)
-    if saved:
-        path = last_checkpoint(out)
-        load_weights(policy.lm, read_tensors(path), "showo.", path)
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
-        sample_filter.history.extend(saved["filter"])
-        base, rows = saved["base"], saved["rows"]
+def restore(run, saved, config):
+    """Continue where a checkpoint was saved, on whatever device that was."""
+    load_weights(run.policy, saved["policy"], "the checkpoint")
+    groups = run.optimizer.state_dict()["param_groups"]         # their settings are not restored
+    run.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+    run.sample_filter.history.extend(saved["filter"])
+    run.base, run.rows = saved["base"], saved["rows"]
+    if saved["device"] == run.policy.device.type:
+        run.generator.set_state(saved["generator"])
     else:
-        base, rows = evaluate(policy, measure, sides, config), []
-    trained = None
-    print(f"base: {base[0][0].mean():.3f} on trained-on captions, "
-          f"{base[0][1].mean():.3f} on held-out ones", flush=True)
+        run.generator.manual_seed(config.seed + len(run.rows))
+        print(f"the checkpoint was saved on {saved['device']}: draws differ from here on")
 
-    with Interrupt() as interrupt, open(out / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        for update in range(len(rows) + 1, config.updates + 1):
-            start = time.time()
-            row = {"update": update, "lr": schedule.get_last_lr()[0], "ratio_first": 1.0,
-                   "ratio": 1.0, "clip": 0.0, "kl": 0.0, "grad": 0.0, "loss": 0.0}
 
-            # paint and judge; then, unless every group vanished, weigh each picture and learn
-            try:
-                texts, path, kept, painted = sample_groups(
-                    policy, reward, prompts, sample_filter, config, generator)
-                advantage = group_advantage(kept).flatten().to(device)          # (B,)
-                if texts:
-                    prompt_ids = policy.encode(texts)                           # (B, L_text)
-                    row |= learn(policy, reference, optimizer, prompt_ids, path, advantage, config)
-            except (RunError, UsageError) as error:
-                last = last_checkpoint(out)
-                raise type(error)(f"update {update}: {error}; the last good state is "
-                                  f"{last if last.exists() else 'the base'}") from None
-            schedule.step()
-            row |= {"reward": float(painted.mean()), "live": int((kept.std(1) > 0).sum()),
-                    "reward_se": float(painted.std() / painted.numel() ** 0.5),
-                    "painted": len(painted), "seconds": time.time() - start}
+def try_out(policy, reward, splits, config):
+    """Sample and score pictures of two captions, in one step. Stop if policy or reward fail."""
+    prompts = [caption for split in splits for texts in split.values() for caption in texts]
+    ours = isinstance(policy, Policy)           # then all captions are encoded: a word may be new
+    with blame(f"--model {config.model or 'shapes'}", Stop if ours else Exception):
+        prompt_ids = policy.encode(prompts if ours else prompts[:2])            # (., L_text)
+        pixels = policy.decode(rollout(policy, prompt_ids[:2], 1).tokens)       # (2, H, W, 3)
+    score(reward, pixels, prompts[:2])
 
-            # look at it, on captions that it never trained on
-            look = update % config.eval_every == 0 or update == config.updates
-            if look:
-                trained = evaluate(policy, measure, sides, config)
-                row["heldout"] = float(trained[0][1].mean())
-                save_grid(out / "samples" / f"update_{update:05d}.png", f"held-out captions, same "
-                          f"noise: base | update {update}", sides[1],
-                          *((scores[1], pictures[1]) for scores, pictures in (base, trained)))
-            rows.append(row)
-            writer.writerow(row)
-            file.flush()
-            mean_seconds = sum(done["seconds"] for done in rows) / len(rows)
-            print(log_line(row, config, mean_seconds * (config.updates - update)), flush=True)
 
-            if look or interrupt.asked:
-                write_checkpoint(out / "checkpoint", policy, {
-                    "config": dataclasses.asdict(config), "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(), "generator": generator.get_state(),
-                    "filter": list(sample_filter.history), "base": base, "rows": rows})
-            if interrupt.asked:
-                print(f"stopped after update {update}; go on with: "
-                      f"python mask_grpo.py --resume --out {config.out}")
-                return None
+def set_up(config):
+    """All that the loop needs -> a namespace. Stop, before any long work, if something is wrong."""
+    device, splits = check(config), rewards.split_captions(config.prompts)
+    saved = read_checkpoint(config.out) if config.resume else None
+    if not saved and pathlib.Path(config.out, "checkpoint.pt").exists():
+        raise Stop(f"--out {config.out} holds a run; continue it with --resume, or choose another")
+    if saved and saved["splits"] != splits:
+        raise Stop(f"--prompts {config.prompts}: its captions are not those that the run began "
+                   "with; put them back, or start a new run")
+    most = max(map(len, splits[0].values()))    # all categories equally often, whatever their size
+    captions = [texts[i % len(texts)] for texts in splits[0].values() for i in range(most)]
+    reward = rewards.load_reward(config.reward, device)
+    policy = make_policy(config, device)
 
-    trained = trained or evaluate(policy, measure, sides, config)
-    save_grid(out / "comparison.png", "held-out captions, same noise: base | trained", sides[1],
-              *((scores[1], pictures[1]) for scores, pictures in (base, trained)))
-    numbers = {"seed": config.seed, "updates": config.updates,
-               "base": float(base[0][0].mean()), "trained": float(trained[0][0].mean()),
-               "heldout_base": float(base[0][1].mean()),
-               "heldout_trained": float(trained[0][1].mean()), "pretrain_seconds": pretrain_seconds,
-               "train_seconds": sum(row["seconds"] for row in rows),
-               "peak_memory_mb": peak_memory_mb()}
-    report(base[0], trained[0], sides[0], numbers)
-    return numbers
+    try_out(policy, reward, splits, config)
+
+    pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
+    print(f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} parameters | "
+          f"{device} | seed {config.seed} | per update {pictures} pictures, {pictures * scored} "
+          f"transitions, {config.inner_epochs} optimizer step(s)", flush=True)
+    seconds = 0.0 if config.model or config.weights else load_base(policy, config)
+    run = argparse.Namespace(
+        policy=policy, reward=reward, measure=rewards.MEASURES.get(config.reward, reward),
+        reference=copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None,
+        optimizer=make_optimizer(policy, config), generator=torch.Generator(device),
+        sample_filter=SampleFilter(config.filter_quantile), captions=captions, splits=splits,
+        pretrain_seconds=seconds, rows=[])
+    if saved:
+        restore(run, saved, config)
+    else:
+        run.generator.manual_seed(config.seed)
+        run.base = evaluate(policy, run.measure, splits, config)
+    print(f"base: {run.base[0][0].mean():.3f} on trained-on captions, "
+          f"{run.base[0][1].mean():.3f} on held-out ones", flush=True)
+    return run
 
 
 def generate(config: Config):
-    """Paint the captions of a file in the layout that GenEval's evaluator reads -> pictures painted
+    """Sample pictures of a file's captions in the layout that GenEval's evaluator reads -> Path
 
-    out/generated/00000/metadata.jsonl, .../00000/samples/0000.png, ... Pictures that are there
-    already stay, and each has its own noise: stopped and started again, the outcome is the same.
+    out/generated/POLICY-DIGEST/00000/samples/0000.png, ... and last metadata.jsonl, which means
+    done. The digest is of weights, captions and settings: pictures of two policies never mix. Each
+    caption has its own noise: stopped and started again, the outcome is the same.
     """
-    check(config)
-    device, saved = pick_device(config.device), claim_folder(config)
-    records, folder = read_prompts(config.generate), pathlib.Path(config.out) / "generated"
-    names = ("model", "weights", "seed", "samples", "eval_steps", "guidance", "temperature")
-    settings = {name: getattr(config, name) for name in names}
-    settings |= {"captions": zlib.crc32(json.dumps(records).encode()),
-                 "update": len(saved["rows"]) if saved else 0}
-    note = folder / "settings.json"
-    if note.exists() and json.loads(note.read_text()) != settings:
-        raise UsageError(f"{folder} holds pictures of other settings (see {note}); "
-                         "choose another --out, or move them away")
-    policy, _ = base_policy(config, device, [record["prompt"] for record in records])
+    device, records = check(config), rewards.read_captions(config.generate)
+    saved = read_checkpoint(config.out) if config.resume else None
+    policy, name = make_policy(config, device), "weights" if config.weights else "base"
     if saved:
-        path = last_checkpoint(config.out)
-        load_weights(policy.lm, read_tensors(path), "showo.", path)
-    folder.mkdir(exist_ok=True)
-    note.write_text(json.dumps(settings))
-    painted = 0
+        load_weights(policy, saved["policy"], "the checkpoint")
+        name = f"update_{len(saved['rows']):05d}"
+    elif not config.model and not config.weights:
+        load_base(policy, config)
+    digest = zlib.crc32(repr((config.seed, config.samples, config.eval_steps, config.guidance,
+                              config.temperature, config.rollout_batch, records)).encode())
+    for x in policy.state_dict().values():
+        digest = zlib.crc32(x.float().cpu().contiguous().numpy(), digest)
+    root = pathlib.Path(config.out, "generated", f"{name}-{digest:08x}")
+    print(f"sampled by {name} of {config.out}, in {root}", flush=True)
     for i, record in enumerate(tqdm(records, unit="caption")):
-        samples = folder / f"{i:05d}" / "samples"
-        files = [samples / f"{j:04d}.png" for j in range(config.samples)]
-        if all(file.exists() for file in files):
+        folder = root / f"{i:05d}"
+        if (folder / "metadata.jsonl").exists():
             continue
-        samples.mkdir(parents=True, exist_ok=True)
-        (samples.parent / "metadata.jsonl").write_text(json.dumps(record) + "\n")
         generator = torch.Generator(device).manual_seed(config.seed * 2 ** 32 + i)
-        path = paint(policy, [record["prompt"]] * config.samples, config, config.eval_steps,
-                     generator, config.guidance)
-        for file, image in zip(files, to_images(policy.decode(path.tokens))):
-            image.save(file.with_suffix(".partial"), "png")
-            os.replace(file.with_suffix(".partial"), file)
-        painted += len(files)
-    print(f"{painted} pictures painted, {config.samples * len(records)} in {folder}")
-    return painted
+        trajectory = sample(policy, [record["prompt"]] * config.samples, config, config.eval_steps,
+                            generator, config.guidance)
+        for j, picture in enumerate(policy.decode(trajectory.tokens).cpu().numpy()):
+            with replacing(folder / "samples" / f"{j:04d}.png") as partial:
+                Image.fromarray(picture).save(partial, "png")
+        with replacing(folder / "metadata.jsonl") as partial:
+            partial.write_text(json.dumps(record) + "\n")
+    return root
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The command line.
+# 13. The command line.
+
+MEMORY = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch", "checkpointing"}
+SAMPLING = {"generate", "samples", "seed", "eval_steps", "guidance", "temperature"}
 
 
 def parse(argv) -> Config:
-    """The settings that a command line asks for; with --resume, those saved where it is silent."""
-    source = inspect.getsource(Config)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    """The settings of a command line. With --resume they are the checkpoint's, but for a few."""
+    parser = argparse.ArgumentParser(
+        usage="python mask_grpo.py [--FLAG VALUE ...]", description=__doc__.splitlines()[0],
+        epilog=f"The flags are the fields of Config: clip_low is --clip-low.\n\n"
+               f"{inspect.getsource(Config)}\nWith --model:\n{SHOWO}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    choices = {"transition": TRANSITIONS, "optimizer": OPTIMIZERS}
     for field in dataclasses.fields(Config):
-        how = {"type": field.type, "metavar": field.type.__name__}
+        how = {"type": field.type, "choices": choices.get(field.name)}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        preset = f"; with --model: {SHOWO[field.name]}" if field.name in SHOWO else ""
-        default = "none" if field.default == "" else field.default
-        text = f"{comments[field.name]} (default: {default}{preset})".replace("%", "%%")
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **how)
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+                            **how)
 
     def one_line(message):
-        raise UsageError(f"{message}; -h lists the flags")
+        raise Stop(f"{message}; -h lists the flags")
 
     parser.error = one_line                 # instead of a page of usage
     given = vars(parser.parse_args(argv))
-    if given.get("resume"):
-        out = given.get("out", Config.out)
-        saved = read_checkpoint(last_checkpoint(out))["config"]
-        given = {**saved, "device": Config.device, "out": out, **given}
-    elif given.get("model"):
-        given = {**SHOWO, **given}
-    return Config(**given)
+    if not given.get("resume"):
+        return Config(**{**(SHOWO if given.get("model") else {}), **given})
+
+    given["out"] = os.path.abspath(given.get("out", Config.out))
+    if given.get("generate"):
+        given["generate"] = os.path.abspath(given["generate"])
+    state = read_checkpoint(given["out"], mmap=True)        # reads the settings, not the weights
+    saved, done = state["config"], len(state["rows"])
+    for name in given.keys() - MEMORY - (SAMPLING if given.get("generate") else set()):
+        if given[name] != saved[name]:
+            raise Stop(f"{flag(name)} {given[name]}: a resumed run keeps its settings, here "
+                       f"{saved[name]!r}; leave the flag out, or start a new run")
+    if given.get("updates", done) < done:
+        raise Stop(f"--updates {given['updates']}: {done} are already done")
+    if os.path.isdir(state["directory"]):   # where the relative paths of its settings start
+        os.chdir(state["directory"])
+    return Config(**{**saved, "device": Config.device, **given})
+
+
+@contextlib.contextmanager
+def finish_update_first():
+    """Ctrl-C and SIGTERM let the update finish, a second one does not -> list of those received"""
+    received, usual = [], {}
+
+    def note(number, _):
+        received.append(number)
+        os.write(2, b"\nstopping after this update; once more to stop at once\n")
+        for each, handler in usual.items():
+            signal.signal(each, handler)
+
+    usual |= {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in usual.items():
+            signal.signal(each, handler)
 
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 1 broken, 2 wrong command, 130 Ctrl-C"""
+    """Run a command line -> exit status: 0 done, 1 out of memory, 2 Stop, 130 Ctrl-C or SIGTERM"""
     logging.disable(logging.ERROR)          # of libraries; what matters is raised, and told below
+    sys.stdout.reconfigure(errors="backslashreplace")   # names of files may not be ASCII
     try:
         config = parse(argv)
-        if config.generate:
-            generate(config)
-            return 0
-        return 0 if train(config) else 130
+        done = generate(config) if config.generate else train(config)
+        sys.stdout.flush()
+        return 0 if done else 130
     except torch.OutOfMemoryError:
-        print("mask_grpo.py: out of memory; lower --rollout-batch and --micro-batch, add "
-              "--checkpointing, or try --optimizer adafactor; what was saved is intact, go on "
-              "with --resume", file=sys.stderr)
+        print("mask_grpo.py: out of memory; lower --rollout-batch and --micro-batch, or add "
+              "--checkpointing (with --resume, too; what was saved is intact)", file=sys.stderr)
         return 1
-    except (UsageError, RunError) as error:
+    except Stop as error:
         print("mask_grpo.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2
+    except BrokenPipeError:                 # `| head` has read enough; the checkpoint is intact
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
-        print("\nmask_grpo.py: stopped; what was finished before is kept", file=sys.stderr)
+        print("\nmask_grpo.py: stopped; what was saved before is intact", file=sys.stderr)
         return 130
 
 

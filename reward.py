@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: MIT
-"""Rewards for Mask-GRPO: what a good picture is.
+"""Captions, decoders and rewards for Mask-GRPO: all that is given, where mask_grpo.py is trained.
 
 A reward is any callable (images: list[PIL.Image], prompts: list[str]) -> float tensor (B,), a score
 per picture, larger is better. It sees neither tokens nor logits, so it can judge any policy. For
-real pictures there are CLIP and its relatives (section 4); `load_reward` finds them all by name.
+real pictures there are CLIP and its relatives (section 5); `load_reward` finds them all by name.
 
-The rest is the *shapes world*, where a picture can be judged exactly. A picture is a lattice of
-3 x 3 cells, each empty or holding one object, and an object is drawn by 2 x 2 tiles: 6 x 6 tokens.
-Captions ask for the six things that GenEval asks for (Ghosh et al., 2023): a single object, two
-objects, a count, a colour, a position, and colours bound to objects. No single token is difficult.
-The difficulty is that tokens must agree, which is what painting many at once breaks.
+Sections 1 to 4 are the *shapes world*, where a picture can be judged exactly. A picture is a
+lattice of 3 x 3 cells, each empty or holding one object, and an object is drawn by 2 x 2 tiles:
+6 x 6 tokens. Captions ask for the six things that GenEval asks for (Ghosh et al., 2023): a single
+object, two objects, a count, a colour, a position, and colours bound to objects. No single token is
+difficult. The difficulty is that tokens must agree, and tokens drawn in one step do not know of
+each other. Section 7 reads and writes files, and turns a user's mistake into one line.
 
 Dims: B pictures of 48 x 48 pixels, N = 36 tokens, K = 49 codes: background and 12 objects x 4.
 """
+import contextlib
 import importlib
 import itertools
+import json
 import math
 import os
+import pathlib
 import random
 import sys
 import textwrap
+import traceback
 import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from huggingface_hub import snapshot_download
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from torch import nn
 
 # --------------------------------------------------------------------------------------------------
 # 1. Objects and their tiles. Code 0 is the background; object o owns the codes 1 + 4 o + quarter,
@@ -74,9 +82,23 @@ def tiles():
     return torch.cat([quarters[-1:], quarters[:-4]])                            # (K, p, p, 3)
 
 
+class TileDecoder(nn.Module):
+    """The decoder of the shapes world: each code is a tile of pixels."""
+
+    def __init__(self):
+        super().__init__()
+        pixels = (tiles() + 0.5) / 127.5 - 1            # + 0.5 undoes Policy.decode's truncation
+        self.register_buffer("tiles", pixels, persistent=False)                 # (K, p, p, 3)
+
+    def forward(self, codes):
+        """codes (B, h, w) -> (B, 3, h * p, w * p) in [-1, 1]"""
+        pixels = self.tiles[codes].permute(0, 5, 1, 3, 2, 4)                    # (B, 3, h, p, w, p)
+        return pixels.flatten(4, 5).flatten(2, 3)                               # (B, 3, hp, wp)
+
+
 # --------------------------------------------------------------------------------------------------
-# 2. Captions. Two that mean the same ("a star left of a circle", "a circle right of a star") are on
-#    the same side of the split: the held-out fraction is not to measure rewording.
+# 2. Captions. Two that mean the same ("a star left of a circle", "a circle right of a star") are in
+#    the same part of the split, so that the held-out captions are more than rewordings.
 
 NUMBERS = {"a": 1, "two": 2, "three": 3, "four": 4}
 # where the second object is, seen from the first: (rows down, columns to the right)
@@ -103,7 +125,7 @@ def all_captions():
 
 
 def captions(heldout):
-    """The captions of one side of the split, category -> list[str].
+    """The captions that are trained on, or those held out, category -> list[str].
 
     A quarter of the meanings of each category is held out, chosen by a checksum, not by hand.
     """
@@ -151,8 +173,14 @@ def in_order(first, second, relation):
     return rows * relation[0] + columns * relation[1] > 0
 
 
+# --------------------------------------------------------------------------------------------------
+# 3. Correct pictures, for pretraining.
+
+CATEGORY_WEIGHTS = (1, 1, 2, 1, 3, 2)               # counts and relations are learned last
+
+
 def draw_scene(caption, rng: random.Random):
-    """A right picture for a caption, at random in all that the caption leaves open -> N codes
+    """A correct picture for a caption, at random in all that the caption leaves open -> N codes
 
     Colours left open are mostly red: real data have their habits too, and a base its favourites.
     """
@@ -170,8 +198,16 @@ def draw_scene(caption, rng: random.Random):
     return codes
 
 
+def draw_pairs(n, rng: random.Random):
+    """n captions of both parts of the split, and a correct picture of each -> list, (n, N) long"""
+    parts = [captions(heldout) for heldout in (False, True)]
+    prompts = [rng.choice([caption for part in parts for caption in part[category]])
+               for category in rng.choices(CATEGORIES, CATEGORY_WEIGHTS, k=n)]
+    return prompts, torch.tensor([draw_scene(prompt, rng) for prompt in prompts])
+
+
 # --------------------------------------------------------------------------------------------------
-# 3. The judge. It looks at pixels only, as a detector would, and knows nothing of tokens.
+# 4. The judge. It looks at pixels only, as a detector would, and knows nothing of tokens.
 
 CELLS = torch.from_numpy(cell_pictures()).short().flatten(1)                    # (13, pixels)
 
@@ -225,8 +261,8 @@ def shapes_right(images, prompts):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Judges of real pictures. All are CLIPs: one network for pictures, one for texts, and the score
-#    is the cosine between what the two make of a picture and its caption.
+# 5. Rewards for real pictures. All are CLIPs: one network for pictures, one for texts, and the
+#    score is the cosine between what the two make of a picture and its caption.
 
 
 class ClipReward:
@@ -272,15 +308,14 @@ class ClipReward:
 class PickScore(ClipReward):
     """PickScore v1 (Kirstain et al., 2023): a CLIP-H tuned on people's choices, of transformers.
 
-    model, processor: hub ids or local folders; the published weights come without a processor.
+    model, processor: hub ids or local folders; the processor lies beside the weights.
     """
 
-    def __init__(self, device, model="yuvalkirstain/PickScore_v1",
-                 processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+    def __init__(self, device, model="yuvalkirstain/PickScore_v1", processor=None):
         from transformers import CLIPModel, CLIPProcessor
         self.device, self.batch = torch.device(device), 32
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.processor = CLIPProcessor.from_pretrained(processor)
+        self.processor = CLIPProcessor.from_pretrained(processor or model)
         self.model = CLIPModel.from_pretrained(model, dtype=self.dtype).to(device)
         self.model.eval()
         self.scale = self.model.logit_scale.float().exp()
@@ -295,9 +330,7 @@ class PickScore(ClipReward):
 
 def hpsv2(device, model="ViT-H-14", pretrained=None):
     """HPS v2.1 (Wu et al., 2023): again a CLIP-H; its score is the bare cosine -> ClipReward"""
-    if pretrained is None:
-        from huggingface_hub import hf_hub_download
-        pretrained = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    pretrained = pretrained or str(find("xswu/HPSv2/HPS_v2.1_compressed.pt"))
     return ClipReward(device, model, pretrained, scale=1.0)
 
 
@@ -309,21 +342,274 @@ REWARDS = {"shapes": lambda device: shapes_reward, "clip": ClipReward, "hpsv2": 
 MEASURES = {"shapes": shapes_right}
 
 
+# --------------------------------------------------------------------------------------------------
+# 6. The decoder of real pictures. It is frozen, as all is in this file.
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1 x 1 shortcut if channels change."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(32, c, eps=1e-6) for c in (before, after))
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x):
+        """(B, before, h, w) -> (B, after, h, w)"""
+        inner = self.conv1(F.silu(self.norm1(x)))                               # (B, after, h, w)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
+
+
+class AttnBlock(nn.Module):
+    """x + attention of one head over all h * w positions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        """(B, C, h, w) -> the same"""
+        inner = self.norm(x)
+        q, k, v = (f(inner).flatten(2).mT for f in (self.q, self.k, self.v))    # (B, h * w, C)
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.view_as(x))
+
+
+class MagvitDecoder(nn.Module):
+    """The decoder of MAGVIT-v2 (Yu et al., 2023) as Show-o publishes it, names of modules included.
+
+    There is no codebook: a code is its own vector, its 13 bits as -1 and 1. Only `width` is free,
+    for tests; published is 128.
+    """
+
+    def __init__(self, width=128, bits=13):
+        super().__init__()
+        channels = [width * factor for factor in (1, 1, 2, 2, 4)]               # fine to coarse
+        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.conv_in = nn.Conv2d(bits, channels[-1], 3, padding=1)
+        self.mid = nn.ModuleDict({
+            "block_1": ResBlock(channels[-1], channels[-1]),
+            "attn_1": AttnBlock(channels[-1]),
+            "block_2": ResBlock(channels[-1], channels[-1])})
+        self.up = nn.ModuleList()
+        for level, (c, blocks) in enumerate(zip(channels, (4, 4, 3, 4, 3))):
+            before = channels[min(level + 1, 4)]                                # from the coarser
+            self.up.append(nn.ModuleDict({"block": nn.ModuleList(
+                ResBlock(before if i == 0 else c, c) for i in range(blocks))}))
+            if level > 0:
+                self.up[level]["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
+        self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, codes):
+        """codes (B, h, w) long -> (B, 3, 16 h, 16 w), in [-1, 1] but for overshoot"""
+        bits = self.conv_in.in_channels
+        shifts = torch.arange(bits - 1, -1, -1, device=codes.device)            # highest bit first
+        x = ((codes[:, None] >> shifts[:, None, None]) & 1).float() * 2 - 1     # (B, 13, h, w)
+        x = self.conv_in(self.post_quant_conv(x))                               # (B, 4 width, h, w)
+        for name in ("block_1", "attn_1", "block_2"):
+            x = self.mid[name](x)
+        for level in reversed(self.up):
+            for block in level["block"]:
+                x = block(x)
+            if "upsample" in level:
+                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2))     # 2 h, 2 w
+        return self.conv_out(F.silu(self.norm_out(x)))                          # (B, 3, 16 h, 16 w)
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. What a user names or finds: functions, captions and files, and one line if something is wrong.
+
+
+class Stop(Exception):
+    """What ends a run in one line instead of a traceback: it names the cause and the mend."""
+
+
+@contextlib.contextmanager
+def blame(what, kinds=Exception):
+    """Whatever fails inside raises Stop: `what`, the error, and its place if it is in user code.
+
+    Never around code that a reader of these files would change: its bugs keep their tracebacks.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, (torch.OutOfMemoryError, BrokenPipeError)):
+            raise
+        if isinstance(error, Stop):
+            raise Stop(f"{what}: {error}") from None
+        here, library = os.path.dirname(__file__), os.path.dirname(os.__file__)
+        ours = [os.path.join(here, name) for name in ("reward.py", "mask_grpo.py")]
+        theirs = [frame for frame in traceback.extract_tb(error.__traceback__)
+                  if frame.filename not in ours and "-packages" not in frame.filename
+                  and not frame.filename.startswith((library, "<"))]
+        place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise Stop(f"{what}: {why}{place}") from error
+
+
+def load_function(spec):
+    """MODULE:FUNCTION of the reader's own, found from the current directory -> the function"""
+    module, name = spec.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return getattr(importlib.import_module(module), name)
+
+
 def load_reward(spec, device="cpu"):
     """NAME or NAME:ARGUMENT:... of REWARDS, or MODULE:FUNCTION of the reader's own -> reward
 
-    ValueError, in one line, for what cannot be found or loaded.
+    Stop, in one line, for what cannot be found or loaded.
     """
     name, *arguments = spec.split(":", 2)
     if name not in REWARDS and len(arguments) != 1:
-        raise ValueError(f"{spec} is unknown; choose of {', '.join(REWARDS)} or MODULE:FUNCTION")
-    try:
-        if name in REWARDS:
-            return REWARDS[name](device, *arguments)
-        sys.path.append(os.getcwd())
-        return getattr(importlib.import_module(name), arguments[0])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:          # no network, a damaged file, an error in the reader's code
-        why = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        raise ValueError(f"{spec} cannot be loaded, {why}") from None
+        raise Stop(f"--reward {spec}: choose from {', '.join(REWARDS)} or MODULE:FUNCTION")
+    with blame(f"--reward {spec} cannot be loaded"):
+        return REWARDS[name](device, *arguments) if name in REWARDS else load_function(spec)
+
+
+def score(reward, pixels, prompts):
+    """The rewards of pictures: pixels (B, H, W, 3) uint8 -> (B,) float32 on the CPU
+
+    Stop if the reward raises, has another shape or is not finite: it may be the reader's own.
+    """
+    images = [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+    with blame(f"the reward failed on {len(prompts)} prompts, the first being {prompts[0]!r}"):
+        result = torch.as_tensor(reward(images, list(prompts))).detach().float().cpu()
+    if result.shape != (len(prompts),):
+        raise Stop(f"the reward must return one number per picture, a tensor of shape "
+                   f"({len(prompts)},); it returned {(*result.shape,)} (the first of its prompts: "
+                   f"{prompts[0]!r})")
+    if not result.isfinite().all():
+        i = int(result.isfinite().int().argmin())
+        raise Stop(f"the reward is {result[i]} for the prompt {prompts[i]!r}; fix the reward")
+    return result
+
+
+def find(source, *patterns):
+    """The first match of these file patterns in a source -> Path. Stop if there is none.
+
+    A source is a local file (then it is the answer), a local folder, a hub id OWNER/NAME, or
+    OWNER/NAME/FILE for one file of a hub repository.
+    """
+    path = pathlib.Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        owner, name, file = (source.split("/", 2) + ["", ""])[:3]
+        patterns = [file] if file else patterns
+        with blame(f"{source} is no file or folder here, and the hub does not give it"):
+            path = pathlib.Path(snapshot_download(f"{owner}/{name}", allow_patterns=[*patterns]))
+    for pattern in patterns:
+        for found in sorted(path.glob(pattern)):
+            return found
+    raise Stop(f"{source} holds no {' or '.join(patterns)}")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to; in the end it replaces `path`, whole or not at all."""
+    path = pathlib.Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    with blame(f"{path} cannot be written; what was saved before is intact"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def save(state, path):
+    """torch.save, whole or not at all."""
+    with replacing(path) as partial:
+        torch.save(state, partial)
+
+
+GRID_COLUMNS = 4    # captions per category that a grid shows
+
+
+def save_rows(rows, path):
+    """Dicts with the same keys as a .csv, whole or not at all."""
+    lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
+    with replacing(path) as partial:
+        partial.write_text("\n".join(lines) + "\n")
+
+
+def save_grid(path, title, captions, before, after):
+    """A PNG of pairs of held-out pictures, before | after, a category per row, with their scores.
+
+    captions: category -> list; before, after: scores (2, C, n), pictures (2, C, 4, H, W, 3), where
+    the second of the two is held out
+    """
+    size = min(max(before[1].shape[4], 96), 256)            # of a picture in the PNG, in pixels
+    column, row, top, font = 2 * size + 28, size + 48, 30, ImageFont.load_default(size=13)
+    sheet = Image.new("RGB", (GRID_COLUMNS * column + 12, len(captions) * row + top), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((12, 8), f"held-out captions, same noise: {title}", "black", font)
+    for (i, texts), j in itertools.product(enumerate(captions.values()), range(GRID_COLUMNS)):
+        x, y = 12 + j * column, top + i * row
+        caption = textwrap.shorten(texts[j % len(texts)], column // 6, placeholder=" ...")
+        draw.text((x, y), caption, "black", font)
+        for scores, pictures in (before, after):
+            picture = Image.fromarray(pictures[1, i, j].numpy())
+            sheet.paste(picture.resize((size, size), Image.Resampling.BOX), (x, y + 18))
+            draw.rectangle((x, y + 18, x + size - 1, y + 17 + size), outline="gray")
+            draw.text((x, y + 19 + size), f"{scores[1, i, j]:.2f}", "gray", font)
+            x += size + 4
+    with replacing(path) as partial:
+        sheet.save(partial, "png")
+
+
+def read_weights(source):
+    """The state dict of a file, folder, hub id or hub file; of a checkpoint its policy -> dict"""
+    path = find(source, "pytorch_model.safetensors", "*.safetensors", "pytorch_model.bin", "*.bin")
+    with blame(f"{path} is damaged or holds no weights; download or save it again"):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)   # read when copied
+        return dict(state.get("policy", state))
+
+
+def read_captions(path):
+    """The captions of a file -> list of dicts with a "prompt", and what else a record holds
+
+    .jsonl has a JSON object with its `prompt` on each line (GenEval's metadata), .json a list of
+    objects with a `caption` (the paper's), any other file a caption per line. Stop if unusable.
+    """
+    with blame(f"{path} cannot be read as captions"):
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        items = [line.strip() for line in text.split("\n") if line.strip()]     # U+2028 stays
+        if str(path).endswith(".jsonl"):
+            items = [json.loads(line) for line in items]
+        elif str(path).endswith(".json"):
+            items = json.loads(text)
+    records = []
+    for item in items if isinstance(items, list) else [None]:
+        item = {"prompt": item} if isinstance(item, str) else item
+        prompt = item.get("prompt", item.get("caption")) if isinstance(item, dict) else None
+        if not isinstance(prompt, str):
+            raise Stop(f"{path}: must hold texts, or objects with a text `caption` or `prompt`: "
+                       "a list of them (.json), or one on each line (.jsonl)")
+        records.append({**item, "prompt": prompt})
+    if not records:
+        raise Stop(f"{path} holds no caption")
+    return records
+
+
+def split_captions(path=""):
+    """The captions trained on, and those held out -> 2 dicts, category -> list[str]
+
+    Of a file a tenth is held out, 64 at most, chosen by a checksum: the same ones in every run.
+    Without a file they are the shapes world's.
+    """
+    if not path:
+        return [captions(heldout=False), captions(heldout=True)]
+    prompts = list(dict.fromkeys(record["prompt"] for record in read_captions(path)))
+    if len(prompts) < 2:
+        raise Stop(f"{path} needs two captions: one to train on, one to hold out")
+    prompts.sort(key=lambda prompt: zlib.crc32(prompt.encode()))
+    held = min(64, -(-len(prompts) // 10))                                      # rounded up
+    return [{"captions": prompts[held:]}, {"captions": prompts[:held]}]
