@@ -262,9 +262,9 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps.
 
     The noise is temperature * Gumbel, and Show-o's temperature compounds: step t multiplies what is
-    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond, where uncond
-    has null_ids, the empty prompt; Show-o's g = 5 is 6 in the other convention.
-    ValueError if the policy's logits are not those of the K codes alone.
+    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond (Show-o's 5
+    is 6 in the other convention), where uncond has null_ids, the empty prompt. ValueError if the
+    policy gives logits of other shape than the K codes'.
 
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
@@ -659,9 +659,9 @@ def load_base(policy, config):
 # --------------------------------------------------------------------------------------------------
 # 10. Show-o as a policy: the published weights in the class of section 2 (the decoder: reward.py).
 
-# What --model changes where no flag is given, for the 512 x 512 model. Group size, T, learning rate
-# and batch are the paper's. Guidance, warm-up, weight decay, clip bounds and CLIP ViT-H-14 are the
-# released code's; 625 updates are one pass over its 10,000 captions, 16 at a time.
+# Defaults for Show-o, 512 x 512. Group size, T, learning rate and batch are the paper's; guidance,
+# warm-up, weight decay, clip bounds and CLIP ViT-H-14 are the released code's. 625 updates are one
+# pass over its 10,000 captions, 16 at a time.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
              group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
              eval_every=10, eval_pictures=16)
@@ -708,8 +708,7 @@ def load_showo(model, vq_model="showlab/magvitv2", weights=None, device="cpu") -
     with torch.device("meta"):
         decoder = MagvitDecoder(width).requires_grad_(False)
         policy = Policy(phi, tokenize, tokenizer.bos_token_id, decoder, N, K)
-    rotary = policy.showo.model.rotary_emb
-    policy.showo.model.rotary_emb = type(rotary)(phi)   # its buffers are computed, not stored
+    policy.showo.model.rotary_emb = type(policy.showo.model.rotary_emb)(phi)    # is not in the file
     load_weights(policy, {**read_weights(source), **vq}, f"{source} and {vq_model}")
     policy.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return policy.to(device)
@@ -830,7 +829,7 @@ def check(config):
 
 def make_policy(config, device):
     """The policy that --model names, with --weights if given -> Policy, or the reader's own"""
-    own = ":" in config.model and not os.path.exists(config.model)
+    own = rewards.names_function(config.model)
     if own:
         with blame(f"--model {config.model}"):
             policy = rewards.load_function(config.model)(config, device)
@@ -967,17 +966,17 @@ SAMPLING = {"generate", "samples", "seed", "eval_steps", "guidance", "temperatur
 def parse(argv) -> Config:
     """The settings of a command line. With --resume they are the checkpoint's, but for a few."""
     parser = argparse.ArgumentParser(
-        usage="python mask_grpo.py [--FLAG VALUE ...]", description=__doc__.splitlines()[0],
+        usage="python mask_grpo.py [--FLAG VALUE ...]", argument_default=argparse.SUPPRESS,
+        description=__doc__.splitlines()[0], allow_abbrev=False,
         epilog=f"The flags are the fields of Config: clip_low is --clip-low.\n\n"
-               f"{inspect.getsource(Config)}\nWith --model:\n{SHOWO}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+               f"{inspect.getsource(Config)}\nFor Show-o:\n{SHOWO}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {"transition": TRANSITIONS, "optimizer": OPTIMIZERS}
     for field in dataclasses.fields(Config):
         how = {"type": field.type, "choices": choices.get(field.name)}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=argparse.SUPPRESS,
-                            **how)
+        parser.add_argument(flag(field.name), help=argparse.SUPPRESS, **how)
 
     def one_line(message):
         raise Stop(f"{message}; -h lists the flags")
@@ -985,7 +984,8 @@ def parse(argv) -> Config:
     parser.error = one_line                 # instead of a page of usage
     given = vars(parser.parse_args(argv))
     if not given.get("resume"):
-        return Config(**{**(SHOWO if given.get("model") else {}), **given})
+        is_showo = given.get("model") and not rewards.names_function(given["model"])
+        return Config(**{**(SHOWO if is_showo else {}), **given})
 
     given["out"] = os.path.abspath(given.get("out", Config.out))
     if given.get("generate"):

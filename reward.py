@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import textwrap
 import traceback
@@ -223,9 +224,9 @@ def look(images, tolerance=40):
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
     cells = pixels.short().reshape(-1, LATTICE, 2 * TILE, LATTICE, 2 * TILE, 3).transpose(2, 3)
     cells = cells.reshape(len(images), LATTICE ** 2, 1, -1)                     # (B, 9, 1, pixels)
-    distance, kind = (cells - CELLS).abs().amax(-1).min(-1)                     # (B, 9) each
-    kind[kind == len(OBJECTS)] = EMPTY
-    return kind.masked_fill(distance > tolerance, BROKEN)
+    distance, found = (cells - CELLS).abs().amax(-1).min(-1)                    # (B, 9) each
+    found[found == len(OBJECTS)] = EMPTY
+    return found.masked_fill(distance > tolerance, BROKEN)
 
 
 def agreement(cells, caption):
@@ -424,7 +425,7 @@ class MagvitDecoder(nn.Module):
 
 
 class Stop(Exception):
-    """What ends a run in one line instead of a traceback: it names the cause and the mend."""
+    """Ends a run with one line instead of a traceback: what is wrong, and what to do."""
 
 
 @contextlib.contextmanager
@@ -448,6 +449,11 @@ def blame(what, kinds=Exception):
         place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
         raise Stop(f"{what}: {why}{place}") from error
+
+
+def names_function(spec):
+    """Whether it is MODULE:FUNCTION, and not a path."""
+    return bool(re.fullmatch(r"[\w.]+:\w+", spec))
 
 
 def load_function(spec):

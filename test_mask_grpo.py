@@ -2728,6 +2728,10 @@ def test_the_readmes_reward_and_model_run_as_printed(tmp_path, monkeypatch, caps
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("my_taste", "my_model"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    readme = pathlib.Path(M.__file__).with_name("README.md").read_text(encoding="utf-8")
+    command = re.search(r"`(--model my_model:make .*?)`", readme, re.DOTALL)[1].split()
+    assert M.parse(command) == M.Config(model="my_model:make", prompts="captions.txt",
+                                        reward="my_taste:warm")
     words = flags(model="my_model:make", reward="my_taste:warm", prompts="captions.txt", out="out",
                   updates=6, lr=0.1, groups=4)
     assert M.main(words) == 0
