@@ -1011,8 +1011,8 @@ def finish_update_first():
     def note(number, _):
         received.append(number)
         os.write(2, b"\nstopping after this update; once more to stop at once\n")
-        for each, handler in usual.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     usual |= {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

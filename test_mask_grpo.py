@@ -878,6 +878,18 @@ def red_reward(monkeypatch):
     monkeypatch.setitem(R.REWARDS, "red", lambda device: red)
 
 
+@pytest.fixture
+def grids():
+    """A test that asks for this has its picture grids drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_grids(monkeypatch, request):
+    """All others do without, for they are a third of so short a run."""
+    if "grids" not in request.fixturenames:
+        monkeypatch.setattr(M, "save_grid", lambda *_: None)
+
+
 def flags(**settings):
     """TINY and these settings as a command line."""
     settings = {**TINY, **settings}
@@ -897,7 +909,7 @@ def run(folder, **settings):
     return numbers, saved(folder), rows
 
 
-def test_a_run_leaves_what_it_promises(tmp_path, capsys):
+def test_a_run_leaves_what_it_promises(tmp_path, capsys, grids):
     """Checkpoint, table of updates, pictures; a line per update, a table, a closing block."""
     numbers, _, rows = run(tmp_path, eval_every=1)
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
@@ -978,9 +990,7 @@ OCCASION = dict(
 
 def outcome(folder, settings):
     """Final weights and evaluation of a run on the red reward, as a list of tensors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(M, "save_grid", lambda *_: None)          # a third of so short a run
-        numbers, checkpoint, _ = run(folder, **{"reward": "red", **settings})
+    numbers, checkpoint, _ = run(folder, **{"reward": "red", **settings})
     return [*checkpoint["policy"].values(), torch.tensor(numbers["heldout_trained"])]
 
 
@@ -2236,7 +2246,7 @@ def test_a_row_of_metrics_and_the_evaluation_say_what_they_are(tmp_path, monkeyp
     assert (used["reward"](*half).item(), used["measure"](*half).item()) == (0.5, 0.0)
 
 
-def test_the_table_holds_each_mean_in_its_own_cell(tmp_path, capsys, monkeypatch):
+def test_the_table_holds_each_mean_in_its_own_cell(tmp_path, capsys, monkeypatch, grids):
     """Made-up scores, a different mean in each of 2 x 2 x 3 cells. Held-out pictures are green
     before and blue after; in comparison.png green stands left of blue, each with its score below,
     and no red is seen."""
