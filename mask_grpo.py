@@ -21,13 +21,12 @@ and `p2` keeps only the factor of the revealed tokens. One update of the policy:
   1. sample G pictures for each of P prompts; record when each token was revealed      (section 3)
   2. score each picture with a reward; resample groups whose rewards hardly differ  (sections 5, 7)
   3. compare each picture with its group: the advantage A, Eq. 12                      (section 5)
-  4. ratio = p(step) under the current weights / under those that sampled, Eq. 11  (section 4)
+  4. ratio = p(step) under the current weights / under those that sampled, Eq. 11     (section 4)
   5. maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, Eq. 10    (section 6)
 
-Where this differs from the paper (README has the whole list, with tests): `p1` compares confidences
-with the noise that the sampler ranked with, as Show-o's does; Eq. 14 as printed has none, and then
-scores steps that did not happen (`p1_literal`). The old log-probability stays fixed while the
-weights move, so the ratio is real. Every token is credited. The gradient is clipped to norm 1.
+Differences from the paper (README has all, with tests): `p1` compares confidences with the noise
+that Show-o's sampler ranked with; Eq. 14 as printed (`p1_literal`) has none, and scores steps that
+did not happen. The old log-probability stays fixed while the weights move; gradients are clipped.
 
 Run it: `python mask_grpo.py` (5 minutes on two CPU cores); `-h` explains every setting.
 The paper's own system: `python mask_grpo.py --model showlab/show-o-512x512 --prompts FILE` (a GPU).
@@ -565,14 +564,15 @@ def train(config: Config):
                 trained = evaluate(run.policy, run.measure, run.splits, config)
                 row["heldout"] = float(trained[0][1].mean())
             run.rows.append(row)
+            stop = bool(asked_to_stop)          # a signal from here on waits for the next update
             print(log_line(run.rows, config), flush=True)
-            if evaluated or asked_to_stop:
+            if evaluated or stop:
                 save_checkpoint(run, config)
             save_rows(run.rows, f"{config.out}/metrics.csv")
             if evaluated:
                 save_grid(f"{config.out}/samples/update_{update:05d}.png",
                           f"base | update {update}", run.splits[1], run.base, trained)
-            if asked_to_stop:
+            if stop:
                 print(f"stopped after update {update}; go on with: "
                       f"python mask_grpo.py --resume --out {config.out}")
                 return None

@@ -2523,6 +2523,21 @@ def test_sigterm_finishes_the_update(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_while_files_are_written_loses_no_update(tmp_path, monkeypatch):
+    """It comes when the checkpoint of update 1 is no longer due: that of update 2 is saved."""
+    count, original = itertools.count(1), M.save_rows
+
+    def interrupted(rows, path):
+        if next(count) == 1:
+            signal.raise_signal(signal.SIGINT)
+        original(rows, path)
+
+    monkeypatch.setattr(M, "save_rows", interrupted)
+    assert M.main(flags(out=tmp_path, reward="red", updates=5)) == 130
+    assert len(M.read_checkpoint(tmp_path)["rows"]) == 2
+    assert len(read_rows(tmp_path)) == 2
+
+
 def test_a_closed_pipe_is_no_traceback_and_the_checkpoint_is_intact(tmp_path, monkeypatch, capfd):
     """The reader of the output leaves during the second update, as `head` does."""
     end, start = os.pipe()
