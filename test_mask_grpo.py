@@ -2500,7 +2500,9 @@ def test_all_that_is_printed_is_ascii(tmp_path, monkeypatch):
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
     assert M.main(flags(out=tmp_path / "f\u00fcnf")) == 0
-    assert M.main(["--resume", "--out", str(tmp_path / "f\u00fcnf"), "--device", "cpu"]) == 0
+    (tmp_path / "captions.txt").write_text("a star\n")
+    words = ["--resume", "--out", tmp_path / "f\u00fcnf", "--generate", tmp_path / "captions.txt"]
+    assert M.main([*map(str, words), "--device", "cpu"]) == 0
     assert printed.getvalue().isascii() and b"+-" in printed.getvalue()
     for name in ("mask_grpo.py", "reward.py"):
         assert pathlib.Path(M.__file__).with_name(name).read_text(encoding="utf-8").isascii()
@@ -2648,9 +2650,12 @@ def test_what_samples_is_printed_and_named_and_policies_never_mix(tmp_path, caps
     out = tmp_path / "out"
     M.train(tiny(out=str(out), reward="red"))
     words = flags(out=out, generate=tmp_path / "captions.txt", samples=2)
-    torch.save(M.shapes_policy(tiny(seed=9)).state_dict(), tmp_path / "other.pt")
     found = []
-    for more in ([], ["--weights", str(tmp_path / "other.pt")], ["--guidance", "1"]):
+    for more in ([], ["--weights", "8"], ["--weights", "9"], ["--guidance", "1"]):
+        if "--weights" in more:             # one file, whose content changes
+            state = M.shapes_policy(tiny(seed=int(more[1]))).state_dict()
+            torch.save(state, tmp_path / "other.pt")
+            more = ["--weights", str(tmp_path / "other.pt")]
         capsys.readouterr()
         assert M.main(words + more) == 0
         found.append(capsys.readouterr().out.split(", in ")[1].split("\n")[0])
@@ -2659,9 +2664,9 @@ def test_what_samples_is_printed_and_named_and_policies_never_mix(tmp_path, caps
     printed = capsys.readouterr().out
     assert "sampled by update_00002 of" in printed
     found.append(printed.split(", in ")[1].split("\n")[0])
-    assert len(set(found)) == 4
+    assert len(set(found)) == 5
     assert [pathlib.Path(f).name.rsplit("-", 1)[0] for f in found] == [
-        "base", "weights", "base", "update_00002"]
+        "base", "weights", "weights", "base", "update_00002"]
     assert all(len(list(pathlib.Path(f).rglob("*.png"))) == 2 for f in found)
     pictures = files(out / "generated")
     assert M.main(words) == 0 and files(out / "generated") == pictures
