@@ -983,7 +983,7 @@ ELSEWHERE = dict(
     generate="test_generating_in_genevals_layout", samples="test_generating_in_genevals_layout")
 # Clipping acts in later epochs only, a KL matters in later updates, the filter after 32 groups.
 OCCASION = dict(
-    clip_low=dict(inner_epochs=3, lr=3e-2), clip_high=dict(inner_epochs=3, lr=3e-2),
+    clip_low=dict(inner_epochs=3, lr=3e-2), clip_high=dict(inner_epochs=4, lr=0.1, updates=3),
     filter_quantile=dict(updates=8, groups=16, group_size=2),
     filter_tries=dict(updates=8, groups=16, group_size=2))
 
@@ -2123,6 +2123,11 @@ def test_full_size_show_o_stays_on_its_device():
     """Tensors without storage that claim to be on a GPU: a rollout with guidance, all transitions
     and the decoder at published widths; one layer, as each does what the others do. A tensor left
     on the CPU raises, or is an answer on the CPU."""
+    try:
+        with FakeTensorMode():
+            torch.arange(2, device="cuda")[:, None].expand(2, 3).float().uniform_()
+    except RuntimeError as error:
+        pytest.skip(f"for fake CUDA tensors this torch needs a driver: {error}")
     with FakeTensorMode():
         with torch.device("cuda"):
             phi = PhiConfig(vocab_size=58498, qk_layernorm=True, num_hidden_layers=1)
@@ -2130,7 +2135,7 @@ def test_full_size_show_o_stays_on_its_device():
         ids = whole.encode(["a cat", "a tall house"])
         path = M.rollout(whole, ids, 2, 1.0, 5.0, whole.encode([""]).expand(2, -1))
         pairs = torch.arange(2, device="cuda")
-        logp = [M.replay_logprob(whole, ids, path, pairs, pairs, kind) for kind in M.TRANSITIONS]
+        logp = [M.replay_logprob(whole, ids, path, pairs, pairs, name) for name in M.TRANSITIONS]
         pixels = whole.decode(path.tokens)
         assert {x.device.type for x in (ids, *path, *logp, pixels)} == {"cuda"}
         assert pixels.shape == (2, 512, 512, 3) and path.noise.shape == (2, 2, 1024)
