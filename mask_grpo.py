@@ -2,9 +2,10 @@
 """Mask-GRPO: reinforcement learning for image models that generate by unmasking, in one file.
 
 The method of "Reinforcement Learning Meets Masked Generative Models" (Luo et al., 2025, arXiv
-2510.13418v2; `Eq. n` is its numbering). A picture is a grid of N tokens, all MASK at first. Each of
-T steps draws a token for every masked position, keeps the tokens that the policy is most confident
-of, and masks the others again. One step that keeps two of four masked positions:
+2510.13418v2; `Eq. n` is its numbering): GRPO, group relative policy optimization, for models that
+generate as follows. A picture is a grid of N tokens, all MASK at first. Each of T steps draws a
+token for every masked position, keeps the tokens that the policy is most confident of, and masks
+the others again. One step that keeps two of four masked positions:
 
     position                    0       1       2       3
     drawn token y_i ~ p_i      sky     cat     sky     dog
@@ -15,22 +16,21 @@ As a decision process: the *state* is the prompt and the partly masked picture; 
 draws at all masked positions; the *next state* is what survives the ranking; the reward comes once,
 for the finished picture. Many actions lead to the same next state: the draws at positions 1 and 3
 are discarded. The paper asks: what is the probability of such a step? There are three answers
-(section 4): `ar` is the probability of the action, `p1` sums over all actions with this outcome,
-and `p2` keeps only the factor of the revealed tokens. One update of the policy:
+(section 4): `ar`, as in autoregressive models, is the probability of the action; `p1` sums over all
+actions with this outcome; `p2` keeps only the factor of the revealed tokens. One update:
 
   1. sample G pictures for each of P prompts; record when each token was revealed      (section 3)
   2. score each picture with a reward; resample groups whose rewards hardly differ  (sections 5, 7)
   3. compare each picture with its group: the advantage A, Eq. 12                      (section 5)
-  4. ratio = p(step) under the current weights / under those that sampled, Eq. 11     (section 4)
-  5. maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, Eq. 10    (section 6)
+  4. ratio = p(step) under the current weights / under the sampling weights, Eq. 11    (section 4)
+  5. maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus beta times the
+     KL to the base (the policy before any reinforcement learning), Eq. 10             (section 6)
 
-Differences from the paper (README has all, with tests): `p1` compares confidences with the noise
-that Show-o's sampler ranked with; Eq. 14 as printed (`p1_literal`) has none, and scores steps that
-did not happen. The old log-probability stays fixed while the weights move; gradients are clipped.
-
-Run it: `python mask_grpo.py` (5 minutes on two CPU cores); `-h` explains every setting.
-The paper's own system: `python mask_grpo.py --model showlab/show-o-512x512 --prompts FILE` (a GPU).
-Dims: B = P * G samples of P prompts, N image tokens, K codes, T steps, L length of the sequence.
+Run it: `python mask_grpo.py` trains in a toy world of shapes, in 5 minutes on two CPU cores; with
+`--model showlab/show-o-512x512 --prompts FILE` the paper's own system, on a GPU. `-h` has the rest.
+README lists the differences from the paper and from its released code, each with a test.
+Dims: B = P * G samples of P prompts (captions), N image tokens, K codes, T steps, L length of the
+sequence, D hidden size, M pairs of a picture and a step, m of them in a micro-batch.
 """
 import argparse
 import contextlib
@@ -81,13 +81,13 @@ class Config:
     generate: str = ""              # do not train: sample pictures of these captions (a file)
     samples: int = 4                # pictures per caption of --generate
     device: str = "auto"            # cpu, cuda, mps, ...; auto takes an accelerator if there is one
-    seed: int = 0                   # of the base, the choice of prompts and every draw
+    seed: int = 0                   # seeds the base, the choice of prompts and every draw
     # the shapes world's base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
     pretrain_steps: int = 3000      # masked-token prediction before any reinforcement learning
     # sampling
-    steps: int = 14                 # T in training; below --eval-steps: the unmasking reduction
+    steps: int = 14                 # T in training; below --eval-steps: unmasking reduction
     eval_steps: int = 14            # T in evaluation
     temperature: float = 1.0        # of the noise on the confidences; 0 means no noise
     guidance: float = 0.0           # g in evaluation, (1 + g) cond - g uncond; training has none
@@ -107,15 +107,15 @@ class Config:
     # optimisation
     optimizer: str = "adamw"        # adamw, or adafactor, which needs almost no memory of its own
     lr: float = 8e-4                # peak learning rate; smaller for larger policies
-    warmup: int = 5                 # updates of linear warm-up, before the cosine to 0
+    warmup: int = 5                 # updates of linear warm-up, times a cosine to 0 over the run
     weight_decay: float = 0.02      # on matrices only, not on biases and norms
-    max_grad_norm: float = 1.0      # longer gradients are scaled down to this norm
+    max_grad_norm: float = 1.0      # gradients with a larger norm are scaled down to it
     rollout_batch: int = 1024       # pictures sampled at once: affects memory only
-    micro_batch: int = 192          # transitions per backward pass: affects memory only
+    micro_batch: int = 192          # (picture, step) pairs per backward pass: affects memory only
     checkpointing: bool = False     # recompute activations in the backward pass to save memory
     # evaluation
     eval_every: int = 25            # updates between evaluations, picture grids and checkpoints
-    eval_pictures: int = 48         # pictures per category, for trained-on and held-out captions
+    eval_pictures: int = 48         # pictures per category, for training and held-out captions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Policy(nn.Module):
         return torch.tensor(rows, device=self.device)
 
     def attention_mask(self, prompt_ids):
-        """Omni-attention: text is causal and sees no picture; the picture sees everything.
+        """Omni-attention: text is causal and sees no picture; the picture sees all but pads.
 
         0 where a query may look, very negative elsewhere: prompt_ids (B, L_text) -> (B, 1, L, L)
         """
@@ -177,7 +177,7 @@ class Policy(nn.Module):
         causal = position[:, None] >= position                                  # (L, L)
         real = F.pad(prompt_ids != self.pad_id, (0, after), value=True)         # (B, L)
         allowed = real[:, None, :] & (causal | in_picture)                      # (B, L, L)
-        allowed |= causal & ~real[:, :, None]   # pads see pads: an empty row would give NaN
+        allowed |= causal & ~real[:, :, None]   # pads see pads: in bf16 an empty row may give NaN
         mask = torch.zeros(allowed.shape, device=position.device)
         return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)[:, None]
 
@@ -210,10 +210,9 @@ class Policy(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The sampler. Codes are the decoder's alphabet, and the base is the policy before any
-#    reinforcement learning. A step draws a code at every masked position and ranks the positions by
-#    confidence; Show-o adds Gumbel noise to the ranking, so that pictures differ in their order,
-#    too. Guidance moves the logits away from what an empty prompt would give.
+# 3. The sampler. A token is a code of the decoder, or MASK. A step draws a code at every masked
+#    position and ranks the positions by confidence; Show-o adds Gumbel noise to the ranking, so
+#    that pictures differ in their order, too. Guidance is classifier-free guidance.
 #    Sections 3 to 6 need torch, F, math, typing, deque, and a policy as section 2 describes it.
 
 
@@ -242,7 +241,7 @@ class Trajectory(typing.NamedTuple):
     """
     tokens: torch.Tensor            # (B, N) long     the finished pictures
     revealed_at: torch.Tensor       # (B, N) long     the step that revealed each token, 0..T-1
-    noise: torch.Tensor             # (B, T, N)       what was added to the log-confidences
+    noise: torch.Tensor             # (B, T, N)       what was added to the confidences
     drawn: torch.Tensor             # (B, T, N) long  the draws at all positions, for `ar`
 
 
@@ -261,9 +260,9 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps.
 
     The noise is temperature * Gumbel, and Show-o's temperature compounds: step t multiplies what is
-    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond (Show-o's 5
-    is 6 in the other convention), where uncond has null_ids, the empty prompt. ValueError if the
-    policy gives logits of other shape than the K codes'.
+    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond, that is,
+    uncond + (1 + g) (cond - uncond), where uncond has null_ids, the empty prompt. ValueError if the
+    policy's logits are not (B, N, K).
 
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
@@ -279,7 +278,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
             logits = (1 + guidance) * logits - guidance * policy(null_ids, tokens)
         logp = F.log_softmax(logits.float(), dim=-1)                            # (B, N, K)
 
-        # draw a code everywhere: argmax(log p + Gumbel) samples p without a host synchronisation
+        # draw a code everywhere by the Gumbel-max trick, an exact sample of p without a host
+        # synchronisation; then the noise of the ranking, which is another Gumbel noise
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)  # (B, N)
         temperature *= 1 - (t + 1) / steps
         noise = temperature * gumbel((B, N), generator, logp.device)            # (B, N)
@@ -287,7 +287,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 
         # mask the least confident again; +inf where revealed before, so never masked again
         order = confidence.masked_fill(revealed_at < t, math.inf).argsort(-1)   # (B, N)
-        reveal = (revealed_at > t).scatter(1, order[:, :num_masked], False)     # (B, N) bool
+        masked = revealed_at > t                                                # (B, N) bool
+        reveal = masked.scatter(1, order[:, :num_masked], False)                # (B, N) bool
         tokens = torch.where(reveal, drawn, tokens)
         revealed_at = revealed_at.masked_fill(reveal, t)
         noises.append(noise)
@@ -299,17 +300,19 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 # 4. The probability of a step. Step t reveals the positions U and masks the positions R again,
 #    although a code was drawn there, too. What is the probability of this step?
 #
-#        transition   revealed U    masked again R                        a probability of
-#        ar           p_i(y_i)      p_j(y_j) of the discarded draw        the action        (Eq. 13)
-#        p2           p_i(y_i)      -                                     nothing, see *    (Eq. 15)
-#        p1           p_i(y_i)      the chance that j ranks below all U   the next state    (Eq. 14)
-#        p1_literal   p_i(y_i)      the same, but without the noise       another step
+#        transition   revealed U    masked again R                        is the probability of
+#        ar           p_i(y_i)      p_j(y_j) of the discarded draw        the action       (Eq. 13)
+#        p2           p_i(y_i)      -                                     no event, see *  (Eq. 15)
+#        p1           p_i(y_i)      the chance that j ranks below U       the next state   (Eq. 14)
+#        p1_literal   p_i(y_i)      the same, but without the noise       it, without noise
 #
 #    * It sums to more than 1 over all next states, as it ignores which positions were chosen.
-#    `ar` also scores what the picture does not contain: 35 of 36 draws in the first of 14 steps.
+#    `ar` also includes the discarded draws: 35 of 36 in the first of 14 steps.
 #    The gradient of log p1 is the expected gradient of log ar over the discarded draws, given
 #    outcome and noise (Rao-Blackwell): the same mean, less variance. In the shapes world the
-#    gradient of `ar` is four times as long, and learning slow (README).
+#    gradient of `ar` has four times the norm, and learning is slow (README).
+#    None of these gradients is the whole policy gradient: how the weights move the ranking is not
+#    credited, as the noise is taken as given and a comparison has no gradient.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
 FLOOR = -60.0       # in place of log 0: too small to count in a float32 sum, and still finite
@@ -319,13 +322,13 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS.
 
     U is revealed_at == t, R is revealed_at > t. noise: what the sampler added to the
-    log-confidences (None: no noise). drawn: its draws, for `ar`. ValueError for another transition.
+    confidences (None: no noise). drawn: its draws, for `ar`. ValueError for another transition.
 
     Let p_0 = (.7, .2, .1) reveal its code 0, while p_1 = (.6, .3, .1) draws its code 2 and stays
     masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), as all of p_1 is below .7.
-    If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): p_0 cannot have drawn its .7.
-    Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, so p1 = .6 * (.7 + .2 + .1), while
-    p1_literal stays at .6 * (.2 + .1) and rules out the .7 of p_0, which may have been drawn.
+    If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): position 0 cannot have drawn code
+    0. Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, and p1 = .6 * (.7 + .2 + .1),
+    while p1_literal stays at .6 * (.2 + .1) and rules out what may have happened.
 
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
@@ -377,12 +380,12 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The advantage: how much better a picture is than the others of its group. The group is the
-#    baseline, so no value network is needed; a group of equal rewards teaches nothing.
+# 5. The advantage: how much better a picture is than the others of its group, for each of its steps
+#    alike. The group is the baseline, so no value network is needed; equal rewards teach nothing.
 
 
 def group_advantage(reward, eps=1e-4):
-    """(R - mean) / std within each group (Eq. 12): [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]].
+    """(reward - mean) / std in each group (Eq. 12): [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]].
 
     The std is unbiased. eps keeps rounding in equal rewards from becoming a full-size advantage.
     reward (P, G) -> (P, G)
@@ -391,16 +394,17 @@ def group_advantage(reward, eps=1e-4):
 
 
 class SampleFilter:
-    """Finds vanishing groups (section 3.3 of the paper) by a running quantile of all reward stds.
+    """Finds vanishing groups (section 3.3 of the paper) by their standard deviations.
 
-    A group vanishes if its std is below the quantile, or 0. The first `warmup` groups are all kept.
+    A group vanishes if this is 0, or below the quantile of it over the last `window` groups. The
+    first `warmup` groups are all kept.
     """
 
     def __init__(self, quantile, warmup=32, window=512):
         self.quantile, self.warmup, self.history = quantile, warmup, deque(maxlen=window)
 
     def keep(self, std):
-        """Which groups to learn from; their stds join the history: std (P,) -> (P,) bool"""
+        """Which groups to learn from, recording their stds: std (P,) -> (P,) bool"""
         keep = torch.ones_like(std, dtype=torch.bool)
         if self.quantile > 0 and len(self.history) >= self.warmup:
             keep = (std >= torch.tensor(self.history).quantile(self.quantile)) & (std > 0)
@@ -412,7 +416,7 @@ class SampleFilter:
 # 6. The loss. At ratio 1 its value is minus the mean advantage, 0 by construction, but its gradient
 #    is -A grad log p, which is all the learning there is. So watch the reward, not the loss.
 
-MAX_LOG_RATIO = 20.0    # two steps that became impossible would give exp(120), infinite in float32
+MAX_LOG_RATIO = 20.0    # two factors at FLOOR in one step would give exp(120): inf in float32
 
 
 def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
@@ -431,8 +435,8 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r, r = p_ref / p. (M,) -> (M,), >= 0
 
-    An estimate only for `p1` and `ar`; p2 and p1_literal are no probabilities of what was sampled,
-    so for them it is a penalty that keeps the policy near its reference.
+    An estimate only for `p1` and `ar`; for p2 and p1_literal, which are not probabilities of what
+    was sampled, just a penalty. As a loss, its expected gradient is that of KL(p_ref || p).
     """
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                      # (M,)
     return log_ratio.exp() - 1 - log_ratio
@@ -481,13 +485,12 @@ def sample_groups(policy, reward, captions, sample_filter, config, generator):
 def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, config):
     """The inner epochs over one rollout, an optimizer step each -> dict of numbers for the log
 
-    prompt_ids (B, L_text), trajectory of B pictures, advantage (B,). Stop if loss or gradient is
-    not finite.
+    prompt_ids (B, L_text), trajectory of B pictures, advantage (B,). Raises Stop at NaN or inf.
     """
     (B, T, _), transition, k = trajectory.noise.shape, config.transition, config.score_steps
     steps = torch.arange(T)[:k] if k > 0 else torch.arange(T)[k:]               # [0:] is all
     pairs = torch.cartesian_prod(torch.arange(B), steps).to(prompt_ids.device)  # (M, 2) b and t
-    # Eq. 10 is a mean over all groups asked for: one that was left out counts as advantage 0
+    # the mean of Eq. 10 is over all P groups: one that the filter left out counts as 0
     weight = 1 / (config.groups * config.group_size * len(steps))
     logp_old = []
     for epoch in range(config.inner_epochs):
@@ -506,9 +509,7 @@ def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, confi
                     logp_ref = replay_logprob(reference, prompt_ids, trajectory, b, t, transition)
                 kl = kl_k3(logp / length, logp_ref / length)                    # (m,)
                 loss, part["kl"] = loss + config.beta * kl.mean(), kl.detach()
-            # The gradient leaves out how the weights move the ranking: `loses` in p1 is a boolean
-            # and the noise is given, so this is not the whole policy gradient, in any version.
-            loss = loss * len(b) * weight
+            loss = loss * len(b) * weight       # of the micro-batch's mean, its part of the whole
             loss.backward()
             parts.append({"loss": loss.detach()[None], **part})
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}   # (M,) each
@@ -573,19 +574,19 @@ def train(config: Config):
                 save_grid(f"{config.out}/samples/update_{update:05d}.png",
                           f"base | update {update}", run.splits[1], run.base, trained)
             if stop:
-                print(f"stopped after update {update}; go on with: "
+                print(f"stopped after update {update}; resume with: "
                       f"python mask_grpo.py --resume --out {config.out}")
                 return None
     return report(run, trained or evaluate(run.policy, run.measure, run.splits, config), config)
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. That was the whole method. From here on: two worlds that it runs in, the shapes (9) and Show-o
-#    (10), then evaluation and checkpoints (11), the set-up (12) and the command line (13).
+# 9. That was the whole method. From here on: two policies to run it on, the shapes world's (9) and
+#    Show-o (10), then evaluation and checkpoints (11), the set-up (12) and the command line (13).
 #    The shapes world has a small Phi, a decoder of tiles, and a base trained from scratch.
-#    RL mainly changes the order. Like most bases, this one is most confident of the background and
-#    leaves the objects for its last steps, where many tokens are drawn at once, independently of
-#    each other. Mask-GRPO learns to place the objects first.
+#    RL mainly changes the order in which tokens are revealed: the base is most confident of the
+#    background and leaves the objects for its last steps, where many tokens are drawn at once,
+#    independently of each other; Mask-GRPO learns to place the objects first.
 
 
 def shapes_policy(config) -> Policy:
@@ -599,14 +600,14 @@ def shapes_policy(config) -> Policy:
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         hidden_act="gelu_pytorch_tanh",     # the formula of Show-o's gelu_new, in one kernel
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
-        # neighbours in a 6 x 6 grid are 1 and 6 apart: rotate whole heads, and faster than for text
+        # distances are short (neighbours are 1 and 6 apart): rotate all of a head, and faster
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
 
     def tokenize(prompt):
         unknown = set(prompt.split()) - set(words)
         if unknown:
             raise Stop(f"the shapes world does not know the words {sorted(unknown)}; "
-                       "--model names a policy that knows more")
+                       "--model takes a policy with a larger vocabulary")
         return [words.index(word) for word in prompt.split()]
 
     return Policy(phi, tokenize, 0, rewards.TileDecoder(), rewards.GRID ** 2, rewards.CODEBOOK_SIZE)
@@ -615,7 +616,7 @@ def shapes_policy(config) -> Policy:
 def pretrain(policy, config, batch=32, lr=5e-3, prompt_dropout=0.1):
     """Masked-token prediction on correct pictures: mask a random share of tokens, predict them.
 
-    Held-out captions take part: the base knows the whole world, only the RL updates see less of it.
+    The base sees the held-out captions, too; only the RL updates do not.
     A share of the prompts is replaced by "", so that guidance has an unconditional model.
     """
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
@@ -659,9 +660,8 @@ def load_base(policy, config):
 # --------------------------------------------------------------------------------------------------
 # 10. Show-o as a policy: the published weights in the class of section 2 (the decoder: reward.py).
 
-# Defaults for Show-o, 512 x 512. Group size, T, learning rate and batch are the paper's; guidance,
-# warm-up, weight decay, clip bounds and CLIP ViT-H-14 are the released code's. 625 updates are one
-# pass over its 10,000 captions, 16 at a time.
+# Defaults for Show-o, 512 x 512: group size, T, learning rate and batch of the paper, all others of
+# the released code. 625 updates are one pass over its 10,000 captions, 16 at a time.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
              group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
              eval_every=10, eval_pictures=16)
@@ -679,9 +679,9 @@ def load_weights(policy, weights, source):
 
 
 def load_showo(model, vq_model="showlab/magvitv2", weights=None, device="cpu") -> Policy:
-    """Show-o and its decoder from hub ids or local folders. `weights`: others than the model's own.
+    """Show-o and its decoder from hub ids or local folders. `weights`: in place of the model's own.
 
-    Built without storage, then filled from the files. Stop if anything is missing or does not fit.
+    Built without storage, then filled from the files. Raises Stop if anything does not fit.
     """
     path, device = find(model, "config.json"), torch.device(device)
     with blame(f"{path} is not Show-o's"):
@@ -756,11 +756,11 @@ def save_checkpoint(run, config):
 
 
 def read_checkpoint(out, mmap=False):
-    """The checkpoint of a folder -> dict. Stop if it is missing or damaged."""
+    """The checkpoint of a folder -> dict. Raises Stop if it is missing or damaged."""
     path = pathlib.Path(out, "checkpoint.pt")
     if not path.exists():
-        raise Stop(f"there is no {path} to go on from; name a run's folder with --out")
-    with blame(f"{path} is damaged or no checkpoint; choose another --out"):
+        raise Stop(f"there is no {path} to resume; name a run's folder with --out")
+    with blame(f"{path} is damaged or not a checkpoint; choose another --out"):
         state = torch.load(path, "cpu", weights_only=True, mmap=mmap)
         Config(**state["config"])
         return state
@@ -769,7 +769,7 @@ def read_checkpoint(out, mmap=False):
 def report(run, trained, config):
     """Print the table per category and the closing block, save comparison.png -> its numbers"""
     print("\n" + " " * 28 + "".join(f"{name:>12}" for name in [*run.splits[0], "all"]))
-    for i, name in enumerate(("trained-on captions", "held-out captions")):
+    for i, name in enumerate(("training captions", "held-out captions")):
         for when, scores in (("base", run.base[0]), ("trained", trained[0])):   # (2, C, n)
             means = [*scores[i].mean(1).tolist(), float(scores[i].mean())]
             print(f"{name:20}{when:>8}" + "".join(f"{mean:12.3f}" for mean in means))
@@ -804,11 +804,11 @@ def flag(name):
 
 
 def check(config):
-    """Stop at the first setting that cannot work -> the torch device"""
+    """Raises Stop at the first setting that cannot work -> the torch device"""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         least, most = LIMITS.get(field.name, (int(field.type is int), 10 ** 9))
-        if field.type in (int, float) and not least <= value <= most:       # NaN does not
+        if field.type in (int, float) and not least <= value <= most:       # NaN fails, too
             raise Stop(f"{flag(field.name)} {value}: must lie in {least}..{most}")
     if config.width % 16:
         raise Stop(f"--width {config.width}: must be a multiple of 16, the size of a head")
@@ -848,7 +848,7 @@ def make_policy(config, device):
 
 
 def make_optimizer(policy, config):
-    """AdamW, or torch's Adafactor with a learning rate of the same meaning -> Optimizer"""
+    """AdamW, or torch's Adafactor with a learning rate on the same scale -> Optimizer"""
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() > 1]},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
@@ -874,7 +874,7 @@ def restore(run, saved, config):
 
 
 def try_out(policy, reward, splits, config):
-    """Sample and score pictures of two captions, in one step. Stop if policy or reward fail."""
+    """Sample and score two captions in one step. Raises Stop if policy or reward fail."""
     prompts = [caption for split in splits for texts in split.values() for caption in texts]
     ours = isinstance(policy, Policy)           # then all captions are encoded: a word may be new
     with blame(f"--model {config.model or 'shapes'}", Stop if ours else Exception):
@@ -884,7 +884,7 @@ def try_out(policy, reward, splits, config):
 
 
 def set_up(config):
-    """All that the loop needs -> a namespace. Stop, before any long work, if something is wrong."""
+    """All that the loop needs -> a namespace. Raises Stop before any long work if it is wrong."""
     device, splits = check(config), rewards.split_captions(config.prompts)
     saved = read_checkpoint(config.out) if config.resume else None
     if not saved and pathlib.Path(config.out, "checkpoint.pt").exists():
@@ -902,7 +902,7 @@ def set_up(config):
     pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
     print(f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} parameters | "
           f"{device} | seed {config.seed} | per update {pictures} pictures, {pictures * scored} "
-          f"transitions, {config.inner_epochs} optimizer step(s)", flush=True)
+          f"scored steps, {config.inner_epochs} optimizer step(s)", flush=True)
     seconds = 0.0 if config.model or config.weights else load_base(policy, config)
     run = argparse.Namespace(
         policy=policy, reward=reward, measure=rewards.MEASURES.get(config.reward, reward),
@@ -915,7 +915,7 @@ def set_up(config):
     else:
         run.generator.manual_seed(config.seed)
         run.base = evaluate(policy, run.measure, splits, config)
-    print(f"base: {run.base[0][0].mean():.3f} on trained-on captions, "
+    print(f"base: {run.base[0][0].mean():.3f} on training captions, "
           f"{run.base[0][1].mean():.3f} on held-out ones", flush=True)
     return run
 
@@ -964,7 +964,7 @@ SAMPLING = {"generate", "samples", "seed", "eval_steps", "guidance", "temperatur
 
 
 def parse(argv) -> Config:
-    """The settings of a command line. With --resume they are the checkpoint's, but for a few."""
+    """The settings of a command line. With --resume they are the checkpoint's, except a few."""
     parser = argparse.ArgumentParser(
         usage="python mask_grpo.py [--FLAG VALUE ...]", argument_default=argparse.SUPPRESS,
         description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -1023,7 +1023,7 @@ def finish_update_first():
 
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 1 out of memory, 2 Stop, 130 Ctrl-C or SIGTERM"""
+    """Run a command line -> exit status: 0 done, 1 memory, 2 Stop, 130 signal, 141 closed pipe"""
     logging.disable(logging.ERROR)          # of libraries; what matters is raised, and told below
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files may not be ASCII
     try:

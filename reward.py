@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Captions, decoders and rewards for Mask-GRPO: all that is given, where mask_grpo.py is trained.
+"""Captions, decoders and rewards for Mask-GRPO: everything that is not trained.
 
 A reward is any callable (images: list[PIL.Image], prompts: list[str]) -> float tensor (B,), a score
-per picture, larger is better. It sees neither tokens nor logits, so it can judge any policy. For
+per picture, larger is better. It sees neither tokens nor logits, so it fits any policy. For
 real pictures there are CLIP and its relatives (section 5); `load_reward` finds them all by name.
 
-Sections 1 to 4 are the *shapes world*, where a picture can be judged exactly. A picture is a
+Sections 1 to 4 are the *shapes world*, where a picture can be checked exactly. A picture is a
 lattice of 3 x 3 cells, each empty or holding one object, and an object is drawn by 2 x 2 tiles:
 6 x 6 tokens. Captions ask for the six things that GenEval asks for (Ghosh et al., 2023): a single
 object, two objects, a count, a colour, a position, and colours bound to objects. No single token is
@@ -45,7 +45,7 @@ COLORS = {"red": (214, 64, 58), "green": (46, 158, 91), "blue": (52, 104, 206)}
 BACKGROUND = (248, 246, 240)
 OBJECTS = list(itertools.product(SHAPES, COLORS))   # object o is the pair (shape, colour)
 EMPTY, BROKEN = -1, -2                              # what else a cell can hold
-HABIT = (3, 1, 1)                                   # shares of the colours where none is asked for
+COLOR_WEIGHTS = (3, 1, 1)                           # of the colours, where a caption names none
 LATTICE, TILE = 3, 8                                # cells per side, pixels per tile side
 GRID = 2 * LATTICE                                  # tokens per side
 CODEBOOK_SIZE = 1 + 4 * len(OBJECTS)
@@ -99,7 +99,7 @@ class TileDecoder(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # 2. Captions. Two that mean the same ("a star left of a circle", "a circle right of a star") are in
-#    the same part of the split, so that the held-out captions are more than rewordings.
+#    the same split, so that the held-out captions are more than rewordings.
 
 NUMBERS = {"a": 1, "two": 2, "three": 3, "four": 4}
 # where the second object is, seen from the first: (rows down, columns to the right)
@@ -126,7 +126,7 @@ def all_captions():
 
 
 def captions(heldout):
-    """The captions that are trained on, or those held out, category -> list[str].
+    """The training captions, or the held-out ones: category -> list[str].
 
     A quarter of the meanings of each category is held out, chosen by a checksum, not by hand.
     """
@@ -183,7 +183,7 @@ CATEGORY_WEIGHTS = (1, 1, 2, 1, 3, 2)               # counts and relations are l
 def draw_scene(caption, rng: random.Random):
     """A correct picture for a caption, at random in all that the caption leaves open -> N codes
 
-    Colours left open are mostly red: real data have their habits too, and a base its favourites.
+    Colours left open are mostly red, to mimic the bias of real data.
     """
     wanted, relation = parse(caption)
     shapes = [(shape, color) for count, color, shape in wanted for _ in range(count)]
@@ -192,7 +192,7 @@ def draw_scene(caption, rng: random.Random):
         cells = rng.sample(range(LATTICE ** 2), len(shapes))
     codes = [0] * GRID ** 2
     for cell, (shape, color) in zip(cells, shapes):
-        o = OBJECTS.index((shape, color or rng.choices(list(COLORS), HABIT)[0]))
+        o = OBJECTS.index((shape, color or rng.choices(list(COLORS), COLOR_WEIGHTS)[0]))
         corner = 2 * GRID * (cell // LATTICE) + 2 * (cell % LATTICE)
         for quarter in range(4):
             codes[corner + GRID * (quarter // 2) + quarter % 2] = 1 + 4 * o + quarter
@@ -200,15 +200,15 @@ def draw_scene(caption, rng: random.Random):
 
 
 def draw_pairs(n, rng: random.Random):
-    """n captions of both parts of the split, and a correct picture of each -> list, (n, N) long"""
-    parts = [captions(heldout) for heldout in (False, True)]
-    prompts = [rng.choice([caption for part in parts for caption in part[category]])
+    """n captions of both splits, and a correct picture of each -> list, (n, N) long"""
+    splits = [captions(heldout) for heldout in (False, True)]
+    prompts = [rng.choice([caption for split in splits for caption in split[category]])
                for category in rng.choices(CATEGORIES, CATEGORY_WEIGHTS, k=n)]
     return prompts, torch.tensor([draw_scene(prompt, rng) for prompt in prompts])
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The judge. It looks at pixels only, as a detector would, and knows nothing of tokens.
+# 4. The reward of the shapes world. It looks at pixels only, and knows nothing of tokens.
 
 CELLS = torch.from_numpy(cell_pictures()).short().flatten(1)                    # (13, pixels)
 
@@ -216,11 +216,11 @@ CELLS = torch.from_numpy(cell_pictures()).short().flatten(1)                    
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9).
 
-    Every pixel of a cell must be within the tolerance, which forgives noise but no misplaced tile.
+    Every pixel of a cell must be within the tolerance, which no misplaced tile is.
     """
     side = LATTICE * 2 * TILE
     if any(image.size != (side, side) for image in images):
-        raise ValueError(f"the shapes world's judge looks at pictures of {side} x {side} pixels")
+        raise ValueError(f"the shapes world's reward takes pictures of {side} x {side} pixels")
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
     cells = pixels.short().reshape(-1, LATTICE, 2 * TILE, LATTICE, 2 * TILE, 3).transpose(2, 3)
     cells = cells.reshape(len(images), LATTICE ** 2, 1, -1)                     # (B, 9, 1, pixels)
@@ -232,16 +232,16 @@ def look(images, tolerance=40):
 def agreement(cells, caption):
     """How well the cells hold what the caption asks for, in [0, 1]; 1 is exactly that and no more.
 
-    The share of objects that are right, among those asked for or those drawn, whichever are more;
-    one half if all are right but stand in the wrong relation. cells (9,) -> float
+    The share of correct objects, among those asked for or those drawn, whichever are more; one half
+    if all are correct but in the wrong relation. cells (9,) -> float
     """
     wanted, relation = parse(caption)
     found = {cell: OBJECTS[o] for cell, o in enumerate(cells.tolist()) if o >= 0}
     places = [[cell for cell, (s, c) in found.items() if s == shape and color in (None, c)]
               for _, color, shape in wanted]        # for each phrase, the cells that answer it
-    right = sum(min(count, len(cells)) for (count, _, _), cells in zip(wanted, places))
+    correct = sum(min(count, len(cells)) for (count, _, _), cells in zip(wanted, places))
     drawn = len(found) + int((cells == BROKEN).sum())
-    share = right / max(drawn, sum(count for count, _, _ in wanted))
+    share = correct / max(drawn, sum(count for count, _, _ in wanted))
     if share == 1 and not in_order(places[0][0], places[-1][0], relation):
         return 0.5
     return share
@@ -250,27 +250,27 @@ def agreement(cells, caption):
 def shapes_reward(images, prompts):
     """How well pictures agree with captions: PIL images (B), captions (B) -> (B,) float32 in [0, 1]
 
-    Graded, as CLIP is. A reward of right or wrong alone would leave many groups of the harder
-    captions without a single right picture, and so without anything to learn from.
+    Graded, as CLIP is. A reward of 0 or 1 would leave many groups of the harder captions without a
+    single correct picture, and so without anything to learn from.
     """
     return torch.tensor([agreement(c, p) for c, p in zip(look(images), prompts)])
 
 
-def shapes_right(images, prompts):
-    """1 for a right picture, 0 for any other: PIL images (B), captions (B) -> (B,) float32"""
+def shapes_correct(images, prompts):
+    """1 for a correct picture, 0 for any other: PIL images (B), captions (B) -> (B,) float32"""
     return (shapes_reward(images, prompts) == 1).float()
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Rewards for real pictures. All are CLIPs: one network for pictures, one for texts, and the
-#    score is the cosine between what the two make of a picture and its caption.
+# 5. Rewards for real pictures. All are CLIP models: one network for pictures and one for texts,
+#    and the score is the cosine between the embeddings of a picture and of its caption.
 
 
 class ClipReward:
     """scale * cosine under a CLIP of open_clip. Used as a function: images, prompts -> (B,) float32
 
-    model: one of open_clip's; pretrained: its tag, or a checkpoint file. scale None is the model's
-    own, the paper's reward. bf16 on a GPU; cosine and score are float32 everywhere.
+    model: one of open_clip's; pretrained: its tag, or a checkpoint file. scale: None is the
+    model's own, as in the paper. bf16 on a GPU; cosine and score are float32 everywhere.
     """
 
     def __init__(self, device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
@@ -280,18 +280,18 @@ class ClipReward:
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained not in tags and not os.path.isfile(pretrained):
             raise ValueError(f"{pretrained!r} is no file, nor weights of {model}; "
-                             f"choose of {', '.join(tags)}")
+                             f"choose from {', '.join(tags)}")
         self.device, self.batch = torch.device(device), 32
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         precision = "bf16" if self.device.type == "cuda" else "fp32"
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
             model, pretrained, precision, self.device)
         self.model.eval()
-        self.tokenize = open_clip.get_tokenizer(model)      # cuts at 77 tokens and keeps the last
+        self.tokenize = open_clip.get_tokenizer(model)      # truncates to 77 tokens
         self.scale = self.model.logit_scale.float().exp() if scale is None else scale
 
     def features(self, images, prompts):
-        """What the two networks make of pictures and texts -> (B, D), (B, D)"""
+        """The embeddings of pictures and of texts -> (B, D), (B, D)"""
         pixels = torch.stack([self.preprocess(image) for image in images])      # (B, 3, H, W)
         text = self.tokenize(prompts).to(self.device)                           # (B, 77)
         return (self.model.encode_image(pixels.to(self.device, self.dtype)),
@@ -307,7 +307,7 @@ class ClipReward:
 
 
 class PickScore(ClipReward):
-    """PickScore v1 (Kirstain et al., 2023): a CLIP-H tuned on people's choices, of transformers.
+    """PickScore v1 (Kirstain et al., 2023): a CLIP-H tuned on human preferences.
 
     model, processor: hub ids or local folders; the processor lies beside the weights.
     """
@@ -339,12 +339,12 @@ def hpsv2(device, model="ViT-H-14", pretrained=None):
 # gives its arguments after colons. Another CLIP is another line.
 REWARDS = {"shapes": lambda device: shapes_reward, "clip": ClipReward, "hpsv2": hpsv2,
            "pickscore": PickScore}
-# What evaluation reports in place of a reward, where there is something better to know.
-MEASURES = {"shapes": shapes_right}
+# What evaluation reports in place of the reward: for shapes, whether a picture is all correct.
+MEASURES = {"shapes": shapes_correct}
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The decoder of real pictures. It is frozen, as all is in this file.
+# 6. The decoder of real pictures. It is frozen, like everything in this file.
 
 
 class ResBlock(nn.Module):
@@ -381,8 +381,8 @@ class AttnBlock(nn.Module):
 class MagvitDecoder(nn.Module):
     """The decoder of MAGVIT-v2 (Yu et al., 2023) as Show-o publishes it, names of modules included.
 
-    There is no codebook: a code is its own vector, its 13 bits as -1 and 1. Only `width` is free,
-    for tests; published is 128.
+    No codebook is stored (lookup-free quantisation): a code's vector is its 13 bits as -1 and 1.
+    `width` varies only in tests; the published one is 128.
     """
 
     def __init__(self, width=128, bits=13):
@@ -421,7 +421,7 @@ class MagvitDecoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. What a user names or finds: functions, captions and files, and one line if something is wrong.
+# 7. Loading and saving: functions, weights, captions. What goes wrong becomes one line.
 
 
 class Stop(Exception):
@@ -467,7 +467,7 @@ def load_function(spec):
 def load_reward(spec, device="cpu"):
     """NAME or NAME:ARGUMENT:... of REWARDS, or MODULE:FUNCTION of the reader's own -> reward
 
-    Stop, in one line, for what cannot be found or loaded.
+    Raises Stop for what cannot be found or loaded.
     """
     name, *arguments = spec.split(":", 2)
     if name not in REWARDS and len(arguments) != 1:
@@ -479,7 +479,7 @@ def load_reward(spec, device="cpu"):
 def score(reward, pixels, prompts):
     """The rewards of pictures: pixels (B, H, W, 3) uint8 -> (B,) float32 on the CPU
 
-    Stop if the reward raises, has another shape or is not finite: it may be the reader's own.
+    Raises Stop if it raises, has another shape or is not finite: it may be the reader's own.
     """
     images = [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
     with blame(f"the reward failed on {len(prompts)} prompts, the first being {prompts[0]!r}"):
@@ -495,7 +495,7 @@ def score(reward, pixels, prompts):
 
 
 def find(source, *patterns):
-    """The first match of these file patterns in a source -> Path. Stop if there is none.
+    """The first match of these file patterns in a source -> Path. Raises Stop if there is none.
 
     A source is a local file (then it is the answer), a local folder, a hub id OWNER/NAME, or
     OWNER/NAME/FILE for one file of a hub repository.
@@ -506,7 +506,7 @@ def find(source, *patterns):
     if not path.is_dir():
         owner, name, file = (source.split("/", 2) + ["", ""])[:3]
         patterns = [file] if file else patterns
-        with blame(f"{source} is no file or folder here, and the hub does not give it"):
+        with blame(f"{source} is no file or folder here, and cannot be downloaded"):
             path = pathlib.Path(snapshot_download(f"{owner}/{name}", allow_patterns=[*patterns]))
     for pattern in patterns:
         for found in sorted(path.glob(pattern)):
@@ -516,10 +516,10 @@ def find(source, *patterns):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path to write to; in the end it replaces `path`, whole or not at all."""
+    """A temporary path to write to, which replaces `path` at the end, atomically."""
     path = pathlib.Path(path)
     partial = path.with_name(f"{path.name}.partial")
-    with blame(f"{path} cannot be written; what was saved before is intact"):
+    with blame(f"{path} cannot be written (is the disk full?); what was saved before is intact"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -529,7 +529,7 @@ def replacing(path):
 
 
 def save(state, path):
-    """torch.save, whole or not at all."""
+    """torch.save, atomically."""
     with replacing(path) as partial:
         torch.save(state, partial)
 
@@ -538,7 +538,7 @@ GRID_COLUMNS = 4    # captions per category that a grid shows
 
 
 def save_rows(rows, path):
-    """Dicts with the same keys as a .csv, whole or not at all."""
+    """Dicts with the same keys as a .csv, atomically."""
     lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
     with replacing(path) as partial:
         partial.write_text("\n".join(lines) + "\n")
@@ -583,7 +583,7 @@ def read_captions(path):
     """The captions of a file -> list of dicts with a "prompt", and what else a record holds
 
     .jsonl has a JSON object with its `prompt` on each line (GenEval's metadata), .json a list of
-    objects with a `caption` (the paper's), any other file a caption per line. Stop if unusable.
+    objects with a `caption` (the paper's), any other file a caption per line; else raises Stop.
     """
     with blame(f"{path} cannot be read as captions"):
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
@@ -597,7 +597,7 @@ def read_captions(path):
         item = {"prompt": item} if isinstance(item, str) else item
         prompt = item.get("prompt", item.get("caption")) if isinstance(item, dict) else None
         if not isinstance(prompt, str):
-            raise Stop(f"{path}: must hold texts, or objects with a text `caption` or `prompt`: "
+            raise Stop(f"{path}: must hold strings, or objects with a `caption` or `prompt`: "
                        "a list of them (.json), or one on each line (.jsonl)")
         records.append({**item, "prompt": prompt})
     if not records:
@@ -606,7 +606,7 @@ def read_captions(path):
 
 
 def split_captions(path=""):
-    """The captions trained on, and those held out -> 2 dicts, category -> list[str]
+    """The training captions and the held-out ones -> 2 dicts, category -> list[str]
 
     Of a file a tenth is held out, 64 at most, chosen by a checksum: the same ones in every run.
     Without a file they are the shapes world's.

@@ -171,7 +171,7 @@ def test_logits_are_the_whole_models_at_positions_and_codes_of_the_picture(polic
 
 
 def test_learning_and_acting_modes_agree(policy):
-    """Pitfall 9: with dropout the ratio would not start at 1."""
+    """With dropout the ratio would not start at 1."""
     ids, tokens = policy.encode(["a star"]), torch.full((1, 36), policy.codebook_size)
     assert torch.equal(policy.train()(ids, tokens), policy.eval()(ids, tokens))
 
@@ -205,7 +205,7 @@ def test_schedule_equals_the_published_samplers():
 
 @pytest.mark.parametrize("N", [1, 5, 36, 256])
 def test_every_step_of_every_schedule_reveals_a_token(N):
-    """Pitfalls 13 and 27: none is revealed twice, none is left over."""
+    """None is revealed twice, none is left over."""
     for T in range(1, min(N, 64) + 1):
         schedule = M.mask_schedule(T, N)
         assert len(schedule) == T and schedule[-1] == 0
@@ -320,7 +320,7 @@ def test_the_gradient_of_p1_is_the_mean_of_that_of_ar(seed):
 
 
 def test_p1_is_not_p2():
-    """Pitfall 1: a threshold kept as a bool makes p < True of every p, and the inner sum 1."""
+    """A threshold stored as a bool makes every p < True, so the inner sum is 1."""
     path, table = sample(TablePolicy()), TablePolicy(seed=1)
     b, t = torch.arange(8), torch.ones(8, dtype=torch.long)
     p1, p2 = (M.replay_logprob(table, path.tokens, path, b, t, transition)
@@ -329,7 +329,7 @@ def test_p1_is_not_p2():
 
 
 def test_what_was_sampled_is_possible_under_p1_but_not_always_as_printed():
-    """Pitfall 2: the inner sum of the literal formula can be empty, which shows as its floor."""
+    """The inner sum of the literal formula can be empty, which shows as its floor."""
     table = TablePolicy(N=12, K=4, scale=2.0)
     path = sample(table, 200, 6)
     p1, literal = (replay(table, path.tokens, path, transition)
@@ -358,7 +358,7 @@ def test_a_step_that_became_impossible_stays_finite_in_value_and_gradient():
 
 @pytest.mark.parametrize("transition", M.TRANSITIONS)
 def test_extreme_logits_in_half_precision_stay_finite(transition):
-    """Pitfall 8: log(softmax), or any softmax in half precision, would give log 0."""
+    """Log(softmax), or any softmax in half precision, would give log 0."""
     logits = (torch.randn(4, 6, 50, generator=seeded(0)) * 1000).bfloat16()
     step, tokens = torch.arange(6).expand(4, 6) % 3, torch.zeros(4, 6, dtype=torch.long)
     logp = M.transition_logprob(logits, tokens, step, 1, transition, torch.zeros(4, 6), tokens)
@@ -393,7 +393,7 @@ def test_num_factors_counts_what_is_multiplied():
 
 @pytest.mark.parametrize("N, T", [(6, 1), (6, 3), (6, 6), (36, 14), (36, 18)])
 def test_every_position_is_revealed_once_and_counts_follow_the_schedule(N, T):
-    """Pitfalls 13 and 22: the last token is no exception, and no noise is NaN."""
+    """The last token is no exception, and no noise is NaN."""
     path = sample(TablePolicy(N=N, K=4), steps=T)
     assert path.tokens.min() >= 0 and path.tokens.max() < 4
     masked = [N] + M.mask_schedule(T, N)
@@ -403,7 +403,7 @@ def test_every_position_is_revealed_once_and_counts_follow_the_schedule(N, T):
 
 
 def test_replayed_states_are_the_states_acted_in():
-    """Pitfall 16. The policy remembers what it was shown, and the replay must show the same."""
+    """The policy remembers what it was shown, and the replay must show the same."""
     table = TablePolicy(N=8)
     path = sample(table, B=5)
     acted, table.states = table.states, []
@@ -425,7 +425,7 @@ def test_draws_follow_the_policy_and_the_surest_are_kept():
 
 
 def test_noise_is_gumbel_and_its_temperature_compounds():
-    """Pitfall 14: temperature 2 falls to 1.5, .75, .1875, 0. Gumbel: mean .577, std pi / sqrt 6."""
+    """Temperature 2 falls to 1.5, .75, .1875, 0. Gumbel: mean .577, std pi / sqrt 6."""
     path = sample(TablePolicy(N=4), B=50_000, temperature=2.0)
     for t, temperature in enumerate([1.5, 0.75, 0.1875, 0.0]):
         mean, std = path.noise[:, t].mean().item(), path.noise[:, t].std().item()
@@ -434,14 +434,14 @@ def test_noise_is_gumbel_and_its_temperature_compounds():
 
 
 def test_gumbel_noise_is_finite_at_both_ends(monkeypatch):
-    """Pitfall 22: an exponential can come out as 0; the log of it must not get through."""
+    """An exponential can come out as 0; the log of it must not get through."""
     ends = torch.tensor([0.0, 0.5, math.inf])
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: self.copy_(ends))
     assert M.gumbel((3,), None, "cpu").isfinite().all()
 
 
 def test_guidance_is_one_plus_g_conditional_minus_g_unconditional():
-    """Pitfall 15, at g = 1.5: a policy of these logits samples the same pictures without it."""
+    """At g = 1.5: a policy of these logits samples the same pictures without it."""
     conditional, empty = TablePolicy(seed=1), TablePolicy(seed=2)
 
     class Both(TablePolicy):
@@ -480,13 +480,13 @@ def test_advantage_by_hand():
 
 
 def test_a_group_of_equal_rewards_teaches_nothing():
-    """Pitfall 10: 0 where rewards are equal, small where they differ by rounding only."""
+    """0 where rewards are equal, small where they differ by rounding only."""
     assert M.group_advantage(torch.full((1, 6), 0.3)).abs().max() < 1e-3
     assert M.group_advantage(torch.tensor([[1.0, 1.0 + 1e-6, 1.0]])).abs().max() < 0.05
 
 
 def test_the_filter_keeps_all_at_first_and_then_cuts_at_its_quantile():
-    """Pitfall 11. History after 100 groups: nine fives and 1..91, the 10th percentile near 5."""
+    """History after 100 groups: nine fives and 1..91, the 10th percentile near 5."""
     sieve = M.SampleFilter(quantile=0.1, warmup=10)
     assert sieve.keep(torch.full((9,), 5.0)).all()
     assert sieve.keep(torch.arange(1.0, 92.0)).all()
@@ -552,7 +552,7 @@ def test_clipping_stops_only_what_would_push_further_out(advantage, ratio, flows
 
 
 def test_the_minimum_is_taken_per_sample():
-    """Pitfall 5. Ratios 2 and .5, A = 1: (1.2 + .5) / 2 = .85; the least of the means is 1.05."""
+    """Ratios 2 and .5, A = 1: (1.2 + .5) / 2 = .85; the least of the means is 1.05."""
     loss, _ = M.grpo_loss(torch.tensor([2.0, 0.5]).log(), torch.zeros(2), torch.ones(2), 0.1, 0.2)
     assert loss.item() == pytest.approx(-0.85)
 
@@ -579,7 +579,7 @@ def test_gradient_agrees_with_finite_differences(transition):
 
 
 def test_k3_is_zero_at_equality_and_a_kl_elsewhere():
-    """Its mean under p is KL(p || q) = sum p log p/q, and its gradient is real (pitfall 3)."""
+    """Its mean under p is KL(p || q) = sum p log p/q, and its gradient is real."""
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     assert (M.kl_k3(p.log(), p.log()) == 0).all()
     kl = (p * (p / q).log()).sum().item()
@@ -622,7 +622,7 @@ def gradient(policy, config, batch, reference=None):
 
 @pytest.mark.parametrize("transition", M.TRANSITIONS)
 def test_ratio_is_one_before_the_first_update_for_every_step(policy, batch_of, transition):
-    """Pitfall 7: in other batches and with gradients the learner finds what the sampler did."""
+    """In other batches and with gradients the learner finds what the sampler did."""
     config, seen = tiny(transition=transition), []
     hook = policy.register_forward_hook(lambda *call: seen.append(call[-1]))
     ids, path, _ = batch_of(config)
@@ -638,7 +638,7 @@ def test_ratio_is_one_before_the_first_update_for_every_step(policy, batch_of, t
 
 
 def test_the_gradient_at_ratio_one_is_the_one_derived_by_hand(policy, batch_of):
-    """-(1 / (B T)) sum of A grad log p over pictures and steps, with 1 / T once (pitfall 18)."""
+    """-(1 / (B T)) sum of A grad log p over pictures and steps, with 1 / T once."""
     config = tiny(max_grad_norm=1e9, groups=1)
     ids, path, advantage = batch_of(config)
     total = 0
@@ -677,7 +677,7 @@ def test_computational_reduction_scores_the_first_or_last_steps(policy, batch_of
 
 
 def test_later_epochs_leave_ratio_one_and_clipping_acts(batch_of):
-    """Pitfall 4: against a detached copy of itself a log-probability has ratio 1 for ever."""
+    """Against a detached copy of itself a log-probability has ratio 1 for ever."""
     fresh, config = M.shapes_policy(tiny()), tiny(inner_epochs=2, groups=1)
     optimizer, batch = torch.optim.SGD(fresh.parameters(), lr=1.0), batch_of(config)
     assert gradient(fresh, tiny(groups=1), batch)[1]["ratio"] == pytest.approx(1, abs=1e-4)
@@ -700,7 +700,7 @@ def test_the_length_normalised_ratio_is_the_mean_per_factor(policy, batch_of, mo
 
 
 def test_kl_changes_the_gradient_once_the_policy_has_left_its_reference(policy, batch_of):
-    """Pitfall 3. Against itself beta does nothing; against other weights it does."""
+    """Against itself beta does nothing; against other weights it does."""
     batch = batch_of(tiny())
     plain, log = gradient(policy, tiny(), batch)
     assert "kl" not in log
@@ -755,7 +755,7 @@ def test_the_world_is_large_enough_and_its_tiles_differ():
 
 
 def test_held_out_captions_share_no_meaning_with_the_others():
-    """Pitfall 26: "a star and a circle" is never opposite "a circle and a star"."""
+    """"a star and a circle" is never opposite "a circle and a star"."""
     trained, heldout = R.captions(False), R.captions(True)
     assert list(trained) == list(heldout) == list(R.CATEGORIES)
     every = [text for side in (trained, heldout) for texts in side.values() for text in texts]
@@ -773,11 +773,11 @@ def test_held_out_captions_share_no_meaning_with_the_others():
 
 
 def test_every_drawing_is_right_for_its_caption_and_for_no_other_count():
-    """The pretraining data, three of each caption, before the judge."""
+    """The pretraining data, three of each caption, under the reward."""
     rng, texts = random.Random(0), [caption for *_, caption in R.all_captions()] * 3
     images = images_of([R.draw_scene(caption, rng) for caption in texts])
-    assert R.shapes_right(images, texts).eq(1).all()
-    assert R.shapes_right(images, ["four stars"] * len(texts)).sum() == texts.count("four stars")
+    assert R.shapes_correct(images, texts).eq(1).all()
+    assert R.shapes_correct(images, ["four stars"] * len(texts)).sum() == texts.count("four stars")
 
 
 @pytest.mark.parametrize("caption, objects, right", [
@@ -799,9 +799,9 @@ def test_every_drawing_is_right_for_its_caption_and_for_no_other_count():
     ("a circle below a star", [("circle", "red", 0, 2), ("star", "red", 1, 0)], False),
     ("a red circle and a blue star", [("star", "blue", 0, 0), ("circle", "red", 1, 1)], True),
     ("a red circle and a blue star", [("star", "red", 0, 0), ("circle", "blue", 1, 1)], False)])
-def test_judge_on_right_and_subtly_wrong_pictures(caption, objects, right):
+def test_shapes_reward_on_correct_and_subtly_wrong_pictures(caption, objects, right):
     """Number, shape, colour, relation and binding; rows are free when the columns decide."""
-    assert R.shapes_right(images_of([scene(*objects)]), [caption]).item() == right
+    assert R.shapes_correct(images_of([scene(*objects)]), [caption]).item() == right
 
 
 @pytest.mark.parametrize("caption, objects, expected", [
@@ -817,7 +817,7 @@ def test_reward_by_hand(caption, objects, expected):
     assert reward.item() == pytest.approx(expected) and reward.dtype == torch.float32
 
 
-def test_judge_sees_a_misplaced_tile_and_forgives_noise():
+def test_shapes_reward_sees_a_misplaced_tile_and_tolerates_noise():
     """Two quarters exchanged, one of another colour, one missing, one stray: each is wrong."""
     good = scene(("star", "red", 1, 1))                             # at positions 14, 15, 20, 21
     exchanged, recolored, missing, stray = (list(good) for _ in range(4))
@@ -826,14 +826,14 @@ def test_judge_sees_a_misplaced_tile_and_forgives_noise():
     missing[20] = 0
     stray[0] = 1
     images = images_of([good, exchanged, recolored, missing, stray])
-    assert R.shapes_right(images, ["a star"] * 5).tolist() == [1, 0, 0, 0, 0]
+    assert R.shapes_correct(images, ["a star"] * 5).tolist() == [1, 0, 0, 0, 0]
     assert R.shapes_reward(images, ["a star"] * 5).tolist() == [1, 0, 0, 0, 0.5]
     noise = np.random.default_rng(0).integers(-20, 21, (48, 48, 3))
     noisy = Image.fromarray((np.asarray(images[0]) + noise).clip(0, 255).astype(np.uint8))
-    assert R.shapes_right([noisy], ["a star"]).item() == 1
+    assert R.shapes_correct([noisy], ["a star"]).item() == 1
 
 
-def test_the_judge_refuses_what_is_not_of_its_world():
+def test_the_shapes_reward_refuses_pictures_of_another_size():
     """Another size of picture, another caption."""
     with pytest.raises(ValueError, match="48 x 48"):
         R.shapes_reward([Image.new("RGB", (64, 64))], ["a star"])
@@ -1082,7 +1082,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(R.REWARDS, "red", lambda device: red_and_ctrl_c)
     assert M.main(flags(out=cut, **settings)) == 130
     out = capsys.readouterr().out
-    assert "stopped after update 2; go on with: python mask_grpo.py --resume --out" in out
+    assert "stopped after update 2; resume with: python mask_grpo.py --resume --out" in out
     with open(cut / "metrics.csv", "a") as file:
         file.write("3,0.5\r\n")
 
@@ -1100,7 +1100,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_resume_keeps_the_saved_settings_but_where_a_flag_is_given(tmp_path):
-    """So that the command to go on is short, and a run can be made longer."""
+    """So that the command to resume is short, and a run can be made longer."""
     run(tmp_path)
     config = M.parse(["--resume", "--out", str(tmp_path), "--updates", "7"])
     assert config == tiny(out=str(tmp_path), resume=True, updates=7, device="auto")
@@ -1126,7 +1126,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys):
 
 
 def test_a_reward_out_of_memory_is_no_fault_of_the_reward(tmp_path, monkeypatch, capsys):
-    """While it is loaded, and while it judges: the same line about the knobs."""
+    """While it is loaded, and while it scores: the same line about the memory settings."""
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -1508,7 +1508,7 @@ def test_no_network_and_nothing_cached(tmp_path, capsys, monkeypatch, error, nam
     monkeypatch.setattr(R, "snapshot_download", unreachable)
     said = refused(capsys, "--model", "showlab/show-o-512x512", "--out", tmp_path / "out",
                    "--prompts", tmp_path / "captions.txt", "--reward", "shapes")
-    assert f"the hub does not give it: {named}" in said and "showlab/show-o-512x512" in said
+    assert f"cannot be downloaded: {named}" in said and "showlab/show-o-512x512" in said
 
 
 def test_rollout_batches_never_change_the_pictures(monkeypatch):
@@ -1689,7 +1689,7 @@ def noise_images(n, size=64):
 
 
 def test_clip_is_open_clips_scaled_cosine(showo):
-    """Pitfall 20: by open_clip's own transform and forward; hpsv2 is the same without the scale."""
+    """By open_clip's own transform and forward; hpsv2 is the same without the scale."""
     import open_clip
     model, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", showo["clip"])
     images, prompts = noise_images(40), [f"picture number {i}" for i in range(40)]
@@ -1705,7 +1705,7 @@ def test_clip_is_open_clips_scaled_cosine(showo):
 
 
 def test_clip_cuts_long_texts_and_scores_in_float32(showo):
-    """Pitfall 19: 200 words; beyond 77 tokens nothing counts. In bf16 scores are float32 still."""
+    """200 words; beyond 77 tokens nothing counts. In bf16 scores are float32 still."""
     clip, images = R.load_reward(f"clip:tiny-clip:{showo['clip']}"), noise_images(2)
     scores = clip(images, ["cat " * 200, "cat " * 199 + "dog"])
     assert scores.isfinite().all()
@@ -1821,7 +1821,7 @@ def test_a_reward_that_fails_later_names_the_update(tmp_path, monkeypatch, capsy
     ("--updates many", "invalid int value: 'many'"), ("--no-such-flag 1", "--no-such-flag"),
     ("--resume", "there is no")])
 def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
-    """It names the flag and the mend, and nothing was begun."""
+    """It names the flag and the fix, and nothing was begun."""
     monkeypatch.setattr(M, "shapes_policy", None)
     assert M.main(["--out", str(tmp_path / "out"), *words.split()]) == 2
     error = capsys.readouterr().err
@@ -1864,7 +1864,7 @@ def test_a_checkpoint_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
         path.write_bytes(damaged)
         assert "checkpoint.pt is damaged" in refused(capsys, *resume)
     torch.save({"something": "else"}, path)
-    assert "is damaged or no checkpoint" in refused(capsys, *resume)
+    assert "is damaged or not a checkpoint" in refused(capsys, *resume)
     torch.save({**state, "policy": M.shapes_policy(tiny(width=32)).state_dict()}, path)
     assert "the weights of the checkpoint do not fit" in refused(capsys, *resume)
     path.write_bytes(whole)
@@ -1993,7 +1993,7 @@ def test_prompts_pictures_and_rewards_of_kept_groups_belong_together(policy):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_ratio", [120.0, -120.0])
-def test_two_impossible_steps_do_not_overflow_the_loss(advantage, log_ratio):
+def test_two_impossible_factors_do_not_overflow_the_loss(advantage, log_ratio):
     """exp(120) is infinite in float32: loss and penalty are finite, and so are their gradients."""
     logp = torch.tensor([log_ratio], requires_grad=True)
     loss, numbers = M.grpo_loss(logp, torch.zeros(1), torch.tensor([advantage]), 0.1, 0.2)
@@ -2208,10 +2208,10 @@ def test_a_base_of_another_seed_is_refused(tmp_path):
 
 
 def test_pretraining_pictures_are_right_for_their_captions():
-    """300 pairs before the judge; captions of all categories, of both parts of the split."""
+    """300 pairs under the reward; captions of all categories, of both splits."""
     prompts, pictures = R.draw_pairs(300, random.Random(0))
     assert pictures.shape == (300, 36) and len(set(prompts)) > 50
-    assert R.shapes_right(images_of(pictures.tolist()), prompts).eq(1).all()
+    assert R.shapes_correct(images_of(pictures.tolist()), prompts).eq(1).all()
     for part in (R.captions(False), R.captions(True)):
         assert all(set(texts) & set(prompts) for texts in part.values())
 
@@ -2274,7 +2274,7 @@ def test_the_table_holds_each_mean_in_its_own_cell(tmp_path, capsys, monkeypatch
     header, *lines = [line.split() for line in table.strip().splitlines()]
     assert header == ["one", "two", "three", "all"]
     expected, b, a = [], base[0].double().numpy(), trained[0].double().numpy()
-    for i, part in enumerate(("trained-on", "held-out")):
+    for i, part in enumerate(("training", "held-out")):
         for when, scores in (("base", b), ("trained", a)):
             means = [sum(scores[i, c]) / 4 for c in range(3)]
             means.append(sum(means) / 3)
@@ -2514,7 +2514,7 @@ def test_all_that_is_printed_is_ascii(tmp_path, monkeypatch):
 
 
 def test_sigterm_finishes_the_update(tmp_path, monkeypatch, capsys):
-    """Saved, and told how to go on, as with Ctrl-C."""
+    """Saved, and told how to resume, as with Ctrl-C."""
     count = itertools.count(1)
 
     def red_and_sigterm(images, prompts):
@@ -2525,7 +2525,7 @@ def test_sigterm_finishes_the_update(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(R.REWARDS, "red", lambda device: red_and_sigterm)
     before = signal.getsignal(signal.SIGTERM)
     assert M.main(flags(out=tmp_path, reward="red")) == 130
-    assert "go on with: python mask_grpo.py --resume --out" in capsys.readouterr().out
+    assert "resume with: python mask_grpo.py --resume --out" in capsys.readouterr().out
     assert len(M.read_checkpoint(tmp_path)["rows"]) == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
