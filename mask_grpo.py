@@ -101,7 +101,8 @@ class Config:
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
     clip_high: float = 0.2          # the ratio is clipped above 1 + this
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
-    score_steps: int = 0            # computational reduction: only the first k steps, or last -k
+    score_steps: int = 0            # k: learn from k of the T steps of each picture; 0 is all
+    reduction: str = "random"       # which k: random, or (the paper's) the first, the last
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
     filter_tries: int = 2           # how often missing groups are resampled per update
     # optimisation
@@ -482,16 +483,29 @@ def sample_groups(policy, reward, captions, sample_filter, config, generator):
     return kept_prompts, trajectory, torch.cat(kept_rewards), torch.cat(all_rewards)
 
 
-def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, config):
+def scored_steps(B, T, config, generator):
+    """Which steps of each picture to learn from -> (B, k) long
+
+    k random ones, drawn anew in every update, estimate Eq. 10's mean over all steps without bias.
+    The first or the last k (the paper's computational reduction) are another objective.
+    """
+    first = torch.arange(T, device=generator.device).expand(B, T)               # (B, T)
+    rank = {"random": torch.rand(B, T, generator=generator, device=generator.device),
+            "first": first, "last": -first}[config.reduction]                   # (B, T)
+    return rank.argsort(1)[:, :config.score_steps or T].sort(1).values          # (B, k)
+
+
+def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, config, generator):
     """The inner epochs over one rollout, an optimizer step each -> dict of numbers for the log
 
     prompt_ids (B, L_text), trajectory of B pictures, advantage (B,). Raises Stop at NaN or inf.
     """
-    (B, T, _), transition, k = trajectory.noise.shape, config.transition, config.score_steps
-    steps = torch.arange(T)[:k] if k > 0 else torch.arange(T)[k:]               # [0:] is all
-    pairs = torch.cartesian_prod(torch.arange(B), steps).to(prompt_ids.device)  # (M, 2) b and t
+    (B, T, _), transition = trajectory.noise.shape, config.transition
+    steps = scored_steps(B, T, config, generator)                               # (B, k)
+    pictures = torch.arange(B, device=steps.device)[:, None].expand_as(steps)   # (B, k)
+    pairs = torch.stack([pictures, steps], dim=-1).flatten(0, 1)                # (M, 2) b and t
     # the mean of Eq. 10 is over all P groups: one that the filter left out counts as 0
-    weight = 1 / (config.groups * config.group_size * len(steps))
+    weight = 1 / (config.groups * config.group_size * steps.shape[1])
     logp_old = []
     for epoch in range(config.inner_epochs):
         parts = []
@@ -499,9 +513,8 @@ def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, confi
             logp = replay_logprob(policy, prompt_ids, trajectory, b, t, transition)     # (m,)
             if epoch == 0:                      # the weights are still those that sampled
                 logp_old.append(logp.detach())
-            length = 1
-            if config.length_normalize:
-                length = num_factors(trajectory.revealed_at[b], t, transition)  # (m,)
+            per_token = config.length_normalize
+            length = num_factors(trajectory.revealed_at[b], t, transition) if per_token else 1
             loss, part = grpo_loss(logp / length, logp_old[i] / length, advantage[b],
                                    config.clip_low, config.clip_high)
             if reference is not None:
@@ -515,9 +528,8 @@ def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, confi
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}   # (M,) each
         log = {name: float(x.sum() if name == "loss" else x.mean()) for name, x in whole.items()}
         log["grad"] = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-        for name in ("loss", "grad"):
-            if not math.isfinite(log[name]):
-                raise Stop(f"the {name} is {log[name]}; try a smaller --lr")
+        if not math.isfinite(log["loss"] + log["grad"]):
+            raise Stop(f"the loss is {log['loss']}, its gradient {log['grad']}; try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return log
@@ -552,7 +564,8 @@ def train(config: Config):
                 if prompts:
                     advantage = group_advantage(kept).flatten().to(run.policy.device)   # (B,)
                     numbers |= learn(run.policy, run.reference, run.optimizer,
-                                     run.policy.encode(prompts), trajectory, advantage, config)
+                                     run.policy.encode(prompts), trajectory, advantage, config,
+                                     run.generator)
             row = {"update": update, "reward": float(all_rewards.mean()),
                    "reward_se": float(all_rewards.std() / all_rewards.numel() ** 0.5),
                    "live": sum(len(set(group)) > 1 for group in kept.tolist()),
@@ -622,7 +635,7 @@ def pretrain(policy, config, batch=32, lr=5e-3, prompt_dropout=0.1):
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     N, MASK, total = policy.num_tokens, policy.codebook_size, config.pretrain_steps
     prompts, pictures = rewards.draw_pairs(min(20_000, batch * total), rng)     # (n,), (n, N)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98), fused=True)
     for i in range(total):
         set_lr(optimizer, lr, i, 100, total)
         index = torch.randint(len(prompts), (batch,), generator=generator)      # (batch,)
@@ -790,11 +803,10 @@ def report(run, trained, config):
 # --------------------------------------------------------------------------------------------------
 # 12. The set-up: whatever can be wrong is found here, before any long work.
 
-OPTIMIZERS = ("adamw", "adafactor")
 LIMITS = {          # (least, most); other counts are at least 1, other numbers at least 0
     "seed": (0, 2 ** 31 - 1), "width": (16, 4096), "group_size": (2, 10 ** 9), "lr": (1e-9, 1),
     "clip_low": (0, 0.99), "filter_quantile": (0, 0.99), "max_grad_norm": (1e-9, 10 ** 9),
-    "filter_tries": (0, 10 ** 9), "warmup": (0, 10 ** 9), "score_steps": (-10 ** 9, 10 ** 9),
+    "filter_tries": (0, 10 ** 9), "warmup": (0, 10 ** 9), "score_steps": (0, 10 ** 9),
     "eval_pictures": (rewards.GRID_COLUMNS, 10 ** 9)}
 
 
@@ -812,7 +824,7 @@ def check(config):
             raise Stop(f"{flag(field.name)} {value}: must lie in {least}..{most}")
     if config.width % 16:
         raise Stop(f"--width {config.width}: must be a multiple of 16, the size of a head")
-    if abs(config.score_steps) > config.steps:
+    if config.score_steps > config.steps:
         raise Stop(f"--score-steps {config.score_steps}: there are only --steps {config.steps}")
     if config.model and not (config.prompts or config.generate):
         raise Stop(f"--model {config.model} needs --prompts, a file of captions")
@@ -856,7 +868,7 @@ def make_optimizer(policy, config):
         return torch.optim.Adafactor(groups, config.lr, eps=(None, 1.0), foreach=False,
                                      weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=config.weight_decay,
-                             fused=policy.device.type == "cuda")
+                             fused=True)
 
 
 def restore(run, saved, config):
@@ -899,7 +911,7 @@ def set_up(config):
 
     try_out(policy, reward, splits, config)
 
-    pictures, scored = config.groups * config.group_size, abs(config.score_steps) or config.steps
+    pictures, scored = config.groups * config.group_size, config.score_steps or config.steps
     print(f"{sum(p.numel() for p in policy.parameters() if p.requires_grad):,} parameters | "
           f"{device} | seed {config.seed} | per update {pictures} pictures, {pictures * scored} "
           f"scored steps, {config.inner_epochs} optimizer step(s)", flush=True)
@@ -971,7 +983,8 @@ def parse(argv) -> Config:
         epilog=f"The flags are the fields of Config: clip_low is --clip-low.\n\n"
                f"{inspect.getsource(Config)}\nFor Show-o:\n{SHOWO}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = {"transition": TRANSITIONS, "optimizer": OPTIMIZERS}
+    choices = {"transition": TRANSITIONS, "optimizer": ("adamw", "adafactor"),
+               "reduction": ("random", "first", "last")}
     for field in dataclasses.fields(Config):
         how = {"type": field.type, "choices": choices.get(field.name)}
         if field.type is bool:
