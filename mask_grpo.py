@@ -60,8 +60,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import reward as rewards
-from reward import MagvitDecoder, Stop, blame, find, read_weights, replacing, save, save_grid
-from reward import save_rows, score
+from reward import MagvitDecoder, Stop, blame, find, log_line, read_weights, replacing, save
+from reward import save_grid, save_rows, score
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings. Each field is a flag (clip_low is --clip-low) and its comment is the help text.
@@ -484,15 +484,17 @@ def sample_groups(policy, reward, captions, sample_filter, config, generator):
 
 
 def scored_steps(B, T, config, generator):
-    """Which steps of each picture to learn from -> (B, k) long
+    """Which steps of which pictures to learn from -> (M, 2) long, pairs of a picture and a step
 
-    k random ones, drawn anew in every update, estimate Eq. 10's mean over all steps without bias.
-    The first or the last k (the paper's computational reduction) are another objective.
+    k random steps, drawn anew in every update, estimate Eq. 10's mean over all T without bias. The
+    first or the last k (the paper's computational reduction) are another objective.
     """
-    first = torch.arange(T, device=generator.device).expand(B, T)               # (B, T)
-    rank = {"random": torch.rand(B, T, generator=generator, device=generator.device),
-            "first": first, "last": -first}[config.reduction]                   # (B, T)
-    return rank.argsort(1)[:, :config.score_steps or T].sort(1).values          # (B, k)
+    k, steps = config.score_steps or T, torch.arange(T, device=generator.device).expand(B, T)
+    if k < T and config.reduction == "random":
+        steps = torch.rand(B, T, generator=generator, device=steps.device).argsort(1)   # (B, T)
+    steps = (steps[:, -k:] if config.reduction == "last" else steps[:, :k]).sort(1).values
+    pictures = torch.arange(B, device=steps.device)[:, None].expand(B, k)       # (B, k)
+    return torch.stack([pictures, steps], dim=-1).flatten(0, 1)                 # (B * k, 2)
 
 
 def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, config, generator):
@@ -501,11 +503,9 @@ def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, confi
     prompt_ids (B, L_text), trajectory of B pictures, advantage (B,). Raises Stop at NaN or inf.
     """
     (B, T, _), transition = trajectory.noise.shape, config.transition
-    steps = scored_steps(B, T, config, generator)                               # (B, k)
-    pictures = torch.arange(B, device=steps.device)[:, None].expand_as(steps)   # (B, k)
-    pairs = torch.stack([pictures, steps], dim=-1).flatten(0, 1)                # (M, 2) b and t
+    pairs = scored_steps(B, T, config, generator)                               # (M, 2) b and t
     # the mean of Eq. 10 is over all P groups: one that the filter left out counts as 0
-    weight = 1 / (config.groups * config.group_size * steps.shape[1])
+    weight = B / (config.groups * config.group_size * len(pairs))
     logp_old = []
     for epoch in range(config.inner_epochs):
         parts = []
@@ -579,7 +579,7 @@ def train(config: Config):
                 row["heldout"] = float(trained[0][1].mean())
             run.rows.append(row)
             stop = bool(asked_to_stop)          # a signal from here on waits for the next update
-            print(log_line(run.rows, config), flush=True)
+            print(log_line(run.rows, config.updates), flush=True)
             if evaluated or stop:
                 save_checkpoint(run, config)
             save_rows(run.rows, f"{config.out}/metrics.csv")
@@ -635,7 +635,7 @@ def pretrain(policy, config, batch=32, lr=5e-3, prompt_dropout=0.1):
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     N, MASK, total = policy.num_tokens, policy.codebook_size, config.pretrain_steps
     prompts, pictures = rewards.draw_pairs(min(20_000, batch * total), rng)     # (n,), (n, N)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98))
     for i in range(total):
         set_lr(optimizer, lr, i, 100, total)
         index = torch.randint(len(prompts), (batch,), generator=generator)      # (batch,)
@@ -728,7 +728,7 @@ def load_showo(model, vq_model="showlab/magvitv2", weights=None, device="cpu") -
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Evaluation, the log and the checkpoint.
+# 11. Evaluation, the checkpoint and the report.
 
 
 @torch.no_grad()
@@ -748,17 +748,6 @@ def evaluate(policy, measure, splits, config):
     return scores, pictures.clone()
 
 
-def log_line(rows, config):
-    """The last update in one line of fixed width. The reward comes first: it should move."""
-    row, mean_seconds = rows[-1], sum(row["seconds"] for row in rows) / len(rows)
-    left = int(mean_seconds * (config.updates - row["update"]))
-    return (f"update {row['update']:4d}/{config.updates} | reward {row['reward']:.4f} "
-            f"+-{row['reward_se']:.4f} | live groups {row['live']:2d}/{row['sampled']:2d} | "
-            f"ratio {row['ratio']:.3f} | clip {row['clip']:4.0%} | kl {row['kl']:.4f} | "
-            f"grad {row['grad']:5.2f} | loss {row['loss']:+.4f} | {row['seconds']:4.1f} s | "
-            f"left {left // 60:3d}:{left % 60:02d}")
-
-
 def save_checkpoint(run, config):
     """checkpoint.pt: all that --resume needs."""
     save({"config": dataclasses.asdict(config), "directory": os.getcwd(),
@@ -771,9 +760,7 @@ def save_checkpoint(run, config):
 def read_checkpoint(out, mmap=False):
     """The checkpoint of a folder -> dict. Raises Stop if it is missing or damaged."""
     path = pathlib.Path(out, "checkpoint.pt")
-    if not path.exists():
-        raise Stop(f"there is no {path} to resume; name a run's folder with --out")
-    with blame(f"{path} is damaged or not a checkpoint; choose another --out"):
+    with blame(f"no run can be resumed from {path}; name a run's folder with --out"):
         state = torch.load(path, "cpu", weights_only=True, mmap=mmap)
         Config(**state["config"])
         return state
@@ -868,7 +855,7 @@ def make_optimizer(policy, config):
         return torch.optim.Adafactor(groups, config.lr, eps=(None, 1.0), foreach=False,
                                      weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=config.weight_decay,
-                             fused=True)
+                             fused=policy.device.type == "cuda")
 
 
 def restore(run, saved, config):
@@ -1000,9 +987,8 @@ def parse(argv) -> Config:
         is_showo = given.get("model") and not rewards.names_function(given["model"])
         return Config(**{**(SHOWO if is_showo else {}), **given})
 
-    given["out"] = os.path.abspath(given.get("out", Config.out))
-    if given.get("generate"):
-        given["generate"] = os.path.abspath(given["generate"])
+    given = {"out": Config.out, **given}
+    given |= {key: os.path.abspath(given[key]) for key in ("out", "generate") if given.get(key)}
     state = read_checkpoint(given["out"], mmap=True)        # reads the settings, not the weights
     saved, done = state["config"], len(state["rows"])
     for name in given.keys() - MEMORY - (SAMPLING if given.get("generate") else set()):

@@ -421,7 +421,7 @@ class MagvitDecoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Loading and saving: functions, weights, captions. What goes wrong becomes one line.
+# 7. Loading, saving and showing. What goes wrong becomes one line.
 
 
 class Stop(Exception):
@@ -535,6 +535,17 @@ def save(state, path):
 
 
 GRID_COLUMNS = 4    # captions per category that a grid shows
+
+
+def log_line(rows, total):
+    """The last update in one line of fixed width. The reward comes first: it should move."""
+    row, mean_seconds = rows[-1], sum(row["seconds"] for row in rows) / len(rows)
+    left = int(mean_seconds * (total - row["update"]))
+    return (f"update {row['update']:4d}/{total} | reward {row['reward']:.4f} "
+            f"+-{row['reward_se']:.4f} | live groups {row['live']:2d}/{row['sampled']:2d} | "
+            f"ratio {row['ratio']:.3f} | clip {row['clip']:4.0%} | kl {row['kl']:.4f} | "
+            f"grad {row['grad']:5.2f} | loss {row['loss']:+.4f} | {row['seconds']:4.1f} s | "
+            f"left {left // 60:3d}:{left % 60:02d}")
 
 
 def save_rows(rows, path):

@@ -5,6 +5,7 @@
 formula: a calculation by hand, an enumeration, a simulation of the sampler, finite differences.
 """
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ import types
 import warnings
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -31,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 import mask_grpo as M
@@ -683,9 +686,10 @@ def test_score_steps_scores_every_step_or_the_first_or_the_last(policy, batch_of
 def test_random_steps_differ_between_pictures_and_updates():
     """Two of five steps: never one twice, and every pair equally often."""
     config, generator = tiny(score_steps=2), seeded(0)
-    draws = [M.scored_steps(1000, 5, config, generator) for _ in range(2)]
-    assert not torch.equal(*draws) and draws[0].shape == (1000, 2)
-    counts = collections.Counter(map(tuple, torch.cat(draws).tolist()))
+    pairs = [M.scored_steps(1000, 5, config, generator) for _ in range(2)]      # (2000, 2) each
+    assert not torch.equal(*pairs)
+    assert all(x[:, 0].tolist() == sorted([*range(1000)] * 2) for x in pairs)
+    counts = collections.Counter(map(tuple, torch.cat(pairs)[:, 1].view(-1, 2).tolist()))
     assert set(counts) == {*itertools.combinations(range(5), 2)}
     assert max(abs(n - 200) for n in counts.values()) < 5 * (200 * 0.9) ** 0.5
 
@@ -696,7 +700,8 @@ def test_random_steps_give_the_full_gradient_on_average(policy, batch_of, monkey
     whole, _ = gradient(policy, tiny(max_grad_norm=1e9), batch)
     config, parts = tiny(score_steps=2, max_grad_norm=1e9), []
     for choice in itertools.combinations(range(4), 2):
-        monkeypatch.setattr(M, "scored_steps", lambda B, *_: torch.tensor(choice).expand(B, 2))
+        monkeypatch.setattr(M, "scored_steps", lambda B, *_: torch.cartesian_prod(
+            torch.arange(B), torch.tensor(choice)))
         parts.append(gradient(policy, config, batch)[0])
     mean = torch.stack(parts).mean(0)
     assert torch.allclose(mean, whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
@@ -1848,7 +1853,7 @@ def test_a_reward_that_fails_later_names_the_update(tmp_path, monkeypatch, capsy
     ("--temperature -1", "--temperature -1"), ("--max-grad-norm 0", "--max-grad-norm 0"),
     ("--eval-pictures 3", "--eval-pictures 3"), ("--updates 0", "--updates 0"),
     ("--updates many", "invalid int value: 'many'"), ("--no-such-flag 1", "--no-such-flag"),
-    ("--resume", "there is no")])
+    ("--resume", "no run can be resumed from")])
 def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
     """It names the flag and the fix, and nothing was begun."""
     monkeypatch.setattr(M, "shapes_policy", None)
@@ -1891,9 +1896,9 @@ def test_a_checkpoint_that_is_damaged_or_of_other_sizes(tmp_path, capsys):
     whole = path.read_bytes()
     for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
         path.write_bytes(damaged)
-        assert "checkpoint.pt is damaged" in refused(capsys, *resume)
+        assert "no run can be resumed from" in refused(capsys, *resume)
     torch.save({"something": "else"}, path)
-    assert "is damaged or not a checkpoint" in refused(capsys, *resume)
+    assert "no run can be resumed from" in refused(capsys, *resume)
     torch.save({**state, "policy": M.shapes_policy(tiny(width=32)).state_dict()}, path)
     assert "the weights of the checkpoint do not fit" in refused(capsys, *resume)
     path.write_bytes(whole)
@@ -2171,6 +2176,55 @@ def test_full_size_show_o_stays_on_its_device():
         assert {x.device.type for x in (ids, *path, *logp, pixels)} == {"cuda"}
         assert pixels.shape == (2, 512, 512, 3) and path.noise.shape == (2, 2, 1024)
         assert all(x.shape == (2,) for x in logp)
+
+
+# FLOPs of Show-o 512 x 512 (width 2048, 24 layers, N = 1024, K = 8192), two per multiply-add, with
+# a caption of 16 tokens: 16 + 3 in the text, <soi>, <eoi> and N.
+WIDTH, LAYERS, LENGTH = 2048, 24, 16 + 3 + 2 + 1024
+ATTENTION = 4 * LENGTH ** 2 * WIDTH                 # queries times keys, weights times values
+FORWARD = LAYERS * (24 * LENGTH * WIDTH ** 2 + ATTENTION) + 2 * 1024 * WIDTH * 8192
+LEARNING = 3 * FORWARD                              # a backward pass costs two forward passes
+# checkpointing computes each layer again, but for the last product of its MLP, which nothing needs
+AGAIN = LAYERS * (16 * LENGTH * WIDTH ** 2 + ATTENTION)
+DECODER, CLIP_H = 1_205_062_682_624, 334_590_279_680 + 47_091_384_320
+
+
+def test_what_show_o_costs_is_counted(monkeypatch):
+    """The formulas above, against torch's own counter, at full size and without storage."""
+    def count(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())    # knows no meta
+    with torch.device("meta"):
+        phi = PhiConfig(vocab_size=58498, qk_layernorm=True, hidden_act="gelu_pytorch_tanh")
+        whole = M.Policy(phi, None, 0, R.MagvitDecoder(), 1024, 8192)
+        ids, tokens = torch.zeros(2, 19).long(), torch.zeros(2, 1024).long()
+        pixels, words = torch.zeros(1, 3, 224, 224), torch.zeros(1, 77).long()
+        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    assert count(lambda: whole(ids, tokens)) == 2 * FORWARD
+    assert count(lambda: whole(ids, tokens).sum().backward()) == 2 * LEARNING
+    monkeypatch.setattr(M, "shapes_policy", lambda config: whole)
+    M.make_policy(M.Config(checkpointing=True, steps=1, eval_steps=1), "meta").train()
+    assert count(lambda: whole(ids, tokens).sum().backward()) == 2 * (LEARNING + AGAIN)
+    assert count(lambda: whole.decode(tokens[:1])) == DECODER
+    assert count(lambda: (clip.encode_image(pixels), clip.encode_text(words))) == CLIP_H
+
+
+def test_the_readmes_costs_follow_from_the_formulas():
+    """PFLOP of sampling, of learning and of an update; seconds and hours at 40 % of three peaks."""
+    readme = (pathlib.Path(M.__file__).parent / "README.md").read_text(encoding="utf-8")
+    found = 0
+    for row, steps, scored in (("the paper's setting", 50, 50), ("`--score-steps 10`", 50, 10),
+                               ("`--steps 20`", 20, 20)):
+        sampling, learning = 96 * steps * FORWARD, 96 * scored * (LEARNING + AGAIN)
+        update = sampling + learning + 96 * (DECODER + CLIP_H)
+        seconds = [update / (0.4 * peak * 1e12) for peak in (165, 312, 989)]
+        cells = [f"{flops / 1e15:.1f}" for flops in (sampling, learning, update)]
+        cells += [f"{s:.0f} s, {s * 625 / 3600:.0f} h" for s in seconds]
+        found += f"| {row} | {' | '.join(cells)} |" in readme
+    assert found == 3
 
 
 # --------------------------------------------------------------------------------------------------
