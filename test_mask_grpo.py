@@ -684,10 +684,11 @@ def test_score_steps_scores_every_step_or_the_first_or_the_last(policy, batch_of
 
 
 def test_random_steps_differ_between_pictures_and_updates():
-    """Two of five steps: never one twice, and every pair equally often."""
+    """Two of five steps: never one twice, every pair equally often, the same ones for a seed."""
     config, generator = tiny(score_steps=2), seeded(0)
     pairs = [M.scored_steps(1000, 5, config, generator) for _ in range(2)]      # (2000, 2) each
     assert not torch.equal(*pairs)
+    assert torch.equal(pairs[0], M.scored_steps(1000, 5, config, seeded(0)))
     assert all(x[:, 0].tolist() == sorted([*range(1000)] * 2) for x in pairs)
     counts = collections.Counter(map(tuple, torch.cat(pairs)[:, 1].view(-1, 2).tolist()))
     assert set(counts) == {*itertools.combinations(range(5), 2)}
