@@ -2204,13 +2204,16 @@ def test_what_show_o_costs_is_counted(monkeypatch):
         ids, tokens = torch.zeros(2, 19).long(), torch.zeros(2, 1024).long()
         pixels, words = torch.zeros(1, 3, 224, 224), torch.zeros(1, 77).long()
         clip = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
-    assert count(lambda: whole(ids, tokens)) == 2 * FORWARD
-    assert count(lambda: whole(ids, tokens).sum().backward()) == 2 * LEARNING
+    def same(function, flops):          # older transformers multiply in the rotary embedding, too
+        return count(function) == pytest.approx(flops, rel=1e-7)
+
+    assert same(lambda: whole(ids, tokens), 2 * FORWARD)
+    assert same(lambda: whole(ids, tokens).sum().backward(), 2 * LEARNING)
     monkeypatch.setattr(M, "shapes_policy", lambda config: whole)
     M.make_policy(M.Config(checkpointing=True, steps=1, eval_steps=1), "meta").train()
-    assert count(lambda: whole(ids, tokens).sum().backward()) == 2 * (LEARNING + AGAIN)
-    assert count(lambda: whole.decode(tokens[:1])) == DECODER
-    assert count(lambda: (clip.encode_image(pixels), clip.encode_text(words))) == CLIP_H
+    assert same(lambda: whole(ids, tokens).sum().backward(), 2 * (LEARNING + AGAIN))
+    assert same(lambda: whole.decode(tokens[:1]), DECODER)
+    assert same(lambda: (clip.encode_image(pixels), clip.encode_text(words)), CLIP_H)
 
 
 def test_the_readmes_costs_follow_from_the_formulas():
