@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import signal
 import sys
 import tarfile
@@ -2920,6 +2921,20 @@ def test_the_readme_names_what_there_is():
     assert all((folder / path).exists() for path in re.findall(r"\]\((?!http)(.+?)\)", readme))
     named = re.findall(r"`(test_\w+)`", readme)
     assert len(named) > 10 and set(named) <= globals().keys()
+
+
+def test_the_figure_of_one_step_is_that_of_the_text():
+    """Its script draws the picture that is kept, from the numbers of the module's docstring."""
+    folder = pathlib.Path(M.__file__).parent / "assets"
+    script = runpy.run_path(str(folder / "figures.py"))
+    drawn, kept = np.asarray(script["one_step"]()), np.asarray(Image.open(folder / "step.png"))
+    assert drawn.shape == kept.shape and (drawn == kept).mean() > 0.99   # fonts may differ a little
+    text = " ".join(M.__doc__.split())
+    assert " ".join(script["DRAWN"]) in text
+    assert " ".join(map(str, script["NOISY_CONFIDENCE"])) in text
+    kept_tokens = [token if value >= script["THRESHOLD"] else "MASK"
+                   for token, value in zip(script["DRAWN"], script["NOISY_CONFIDENCE"])]
+    assert f"next state {' '.join(kept_tokens)}" in text
 
 
 @functools.cache
