@@ -2935,6 +2935,7 @@ def test_the_figure_of_one_step_is_that_of_the_text():
     kept_tokens = [token if value >= script["THRESHOLD"] else "MASK"
                    for token, value in zip(script["DRAWN"], script["NOISY_CONFIDENCE"])]
     assert f"next state {' '.join(kept_tokens)}" in text
+    assert script["THRESHOLD"] in script["NOISY_CONFIDENCE"]
 
 
 @functools.cache
