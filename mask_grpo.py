@@ -305,7 +305,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw        the action       (Eq. 13)
 #        p2           p_i(y_i)      -                                     no event, see *  (Eq. 15)
 #        p1           p_i(y_i)      the chance that j ranks below U       the next state   (Eq. 14)
-#        p1_literal   p_i(y_i)      the same, but without the noise       it, without noise
+#        p1_literal   p_i(y_i)      the same, but without the noise       a step without noise
 #
 #    * It sums to more than 1 over all next states, as it ignores which positions were chosen.
 #    `ar` also includes the discarded draws: 35 of 36 in the first of 14 steps.
@@ -397,8 +397,8 @@ def group_advantage(reward, eps=1e-4):
 class SampleFilter:
     """Finds vanishing groups (section 3.3 of the paper) by their standard deviations.
 
-    A group vanishes if this is 0, or below the quantile of it over the last `window` groups. The
-    first `warmup` groups are all kept.
+    A group vanishes if the std of its rewards is 0, or below the quantile of the last `window`
+    groups' stds. The first `warmup` groups are all kept.
     """
 
     def __init__(self, quantile, warmup=32, window=512):
@@ -492,7 +492,8 @@ def scored_steps(B, T, config, generator):
     k, steps = config.score_steps or T, torch.arange(T, device=generator.device).expand(B, T)
     if k < T and config.reduction == "random":
         steps = torch.rand(B, T, generator=generator, device=steps.device).argsort(1)   # (B, T)
-    steps = (steps[:, -k:] if config.reduction == "last" else steps[:, :k]).sort(1).values
+    span = {"random": slice(k), "first": slice(k), "last": slice(T - k, T)}[config.reduction]
+    steps = steps[:, span].sort(1).values                                       # (B, k)
     pictures = torch.arange(B, device=steps.device)[:, None].expand(B, k)       # (B, k)
     return torch.stack([pictures, steps], dim=-1).flatten(0, 1)                 # (B * k, 2)
 
@@ -505,7 +506,7 @@ def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, confi
     (B, T, _), transition = trajectory.noise.shape, config.transition
     pairs = scored_steps(B, T, config, generator)                               # (M, 2) b and t
     # the mean of Eq. 10 is over all P groups: one that the filter left out counts as 0
-    weight = B / (config.groups * config.group_size * len(pairs))
+    weight = 1 / (config.groups * config.group_size * (config.score_steps or T))
     logp_old = []
     for epoch in range(config.inner_epochs):
         parts = []
@@ -673,8 +674,8 @@ def load_base(policy, config):
 # --------------------------------------------------------------------------------------------------
 # 10. Show-o as a policy: the published weights in the class of section 2 (the decoder: reward.py).
 
-# Defaults for Show-o, 512 x 512: group size, T, learning rate and batch of the paper, all others of
-# the released code. 625 updates are one pass over its 10,000 captions, 16 at a time.
+# Defaults for Show-o, 512 x 512: the paper's group size, T, learning rate and batch, the released
+# code's reward, guidance and warm-up. 625 updates are one pass over its 10,000 captions, 16 each.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
              group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
              eval_every=10, eval_pictures=16)

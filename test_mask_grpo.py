@@ -682,6 +682,8 @@ def test_score_steps_scores_every_step_or_the_first_or_the_last(policy, batch_of
                         or original(*a))
     gradient(policy, tiny(score_steps=k, reduction=reduction), batch_of(tiny()))
     assert sorted(scored) == [*itertools.product(range(4), expected)]
+    with pytest.raises(KeyError, match="middle"):       # from Python; the command line has its line
+        gradient(policy, tiny(score_steps=k, reduction="middle"), batch_of(tiny()))
 
 
 def test_random_steps_differ_between_pictures_and_updates():
@@ -2240,6 +2242,13 @@ def test_the_readmes_costs_follow_from_the_formulas():
         cells += [f"{s:.0f} s, {s * 625 / 3600:.0f} h" for s in seconds]
         found += f"| {row} | {' | '.join(cells)} |" in readme
     assert found == 3
+    # memory in GiB: float32 but for CLIP; activations and bf16 copies are a count that is not here
+    weights, clip, decoder = 1_448_176_770 / 2 ** 28, 986_109_441 / 2 ** 29, 39_947_833 / 2 ** 28
+    adafactor = 2 * weights + clip + decoder + 4.21
+    cells = [f"{weights:.1f}", f"{weights:.1f}", f"{2 * weights:.1f} (0.01)", "4.2 (2.7)",
+             f"{clip:.1f}", f"{decoder:.2f}",
+             f"{adafactor + 2 * weights:.1f} ({adafactor:.1f} with Adafactor)"]
+    assert f"| {' | '.join(cells)} |" in readme
 
 
 # --------------------------------------------------------------------------------------------------
