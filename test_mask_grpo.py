@@ -18,6 +18,7 @@ import pathlib
 import random
 import re
 import runpy
+import shutil
 import signal
 import sys
 import tarfile
@@ -2245,10 +2246,10 @@ def test_the_readmes_costs_follow_from_the_formulas():
     # memory in GiB: float32 but for CLIP; activations and bf16 copies are a count that is not here
     weights, clip, decoder = 1_448_176_770 / 2 ** 28, 986_109_441 / 2 ** 29, 39_947_833 / 2 ** 28
     adafactor = 2 * weights + clip + decoder + 4.21
-    cells = [f"{weights:.1f}", f"{weights:.1f}", f"{2 * weights:.1f} (0.01)", "4.2 (2.7)",
-             f"{clip:.1f}", f"{decoder:.2f}",
-             f"{adafactor + 2 * weights:.1f} ({adafactor:.1f} with Adafactor)"]
-    assert f"| {' | '.join(cells)} |" in readme
+    assert (f"weights {weights:.1f}, gradients {weights:.1f}, AdamW {2 * weights:.1f} (Adafactor "
+            "0.01), activations at `--micro-batch` 8 4.2 (at 2, 2.7), "
+            f"CLIP {clip:.1f}, decoder {decoder:.2f}: together {adafactor + 2 * weights:.1f} "
+            f"({adafactor:.1f} with Adafactor)") in readme
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2822,19 +2823,6 @@ def test_seeds_that_do_not_fit_are_refused(tmp_path, capsys):
     assert "--seed 2147483648" in refused(capsys, "--seed", 2 ** 31, "--out", tmp_path / "out")
 
 
-def python_blocks():
-    """The README's Python examples."""
-    readme = pathlib.Path(M.__file__).with_name("README.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-
-
-def example(word):
-    """The one that contains a word."""
-    found = [block for block in python_blocks() if word in block]
-    assert len(found) == 1
-    return found[0]
-
-
 OWN_MODEL = '''
 import torch
 
@@ -2854,8 +2842,8 @@ class Tiny(torch.nn.Module):
         return logits
 
     def decode(self, tokens):
-        pixels = (tokens.view(-1, 3, 3, 1) * 60).to(torch.uint8)
-        return pixels.expand(-1, 3, 3, 3).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        red = (tokens.view(-1, 3, 3) * 80).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        return torch.stack([red, 0 * red, 255 - red], dim=-1).to(torch.uint8)
 
 
 def make(config, device):
@@ -2863,16 +2851,16 @@ def make(config, device):
 '''
 
 
-def test_the_readmes_reward_and_model_run_as_printed(tmp_path, monkeypatch, capsys):
+def test_the_readmes_reward_and_the_model_above_run(tmp_path, monkeypatch, capsys):
     """Both from the command line: trained, evaluated, resumed, and sampled from."""
-    (tmp_path / "my_taste.py").write_text(example("def warm"))
-    (tmp_path / "my_model.py").write_text(example("class MyModel"))
+    readme = pathlib.Path(M.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (tmp_path / "my_taste.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1])
+    (tmp_path / "my_model.py").write_text(OWN_MODEL)
     (tmp_path / "captions.txt").write_text("a cat\na dog\na bird\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("my_taste", "my_model"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    readme = pathlib.Path(M.__file__).with_name("README.md").read_text(encoding="utf-8")
     command = re.search(r"`(--model my_model:make .*?)`", readme, re.DOTALL)[1].split()
     assert M.parse(command) == M.Config(model="my_model:make", prompts="captions.txt",
                                         reward="my_taste:warm")
@@ -2891,17 +2879,19 @@ def test_the_readmes_reward_and_model_run_as_printed(tmp_path, monkeypatch, caps
 
 
 def test_a_trained_show_o_opens_in_show_os_own_code(showo, tmp_path, monkeypatch):
-    """The README's lines make the published folder: names, shapes, fields; and it loads here."""
+    """The README's line, beside the published config: names and shapes; and it loads here."""
     monkeypatch.chdir(tmp_path)
     assert M.main(showo_flags(showo, "out")) == 0
-    exec(example("pytorch_model.safetensors"), {})
+    readme = pathlib.Path(M.__file__).with_name("README.md").read_text(encoding="utf-8")
+    exec(re.search(r'`python -c "(.*?)"`', readme)[1], {})
+    os.mkdir("trained")
+    for path in ("pytorch_model.safetensors", pathlib.Path(showo["showo"], "config.json")):
+        shutil.copy(path, "trained")
     published = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
     trained = load_file("trained/pytorch_model.safetensors")
     assert {name: x.shape for name, x in trained.items()} == {
         name: x.shape for name, x in published.items()}
     assert not same(trained.values(), [published[name] for name in trained])
-    assert json.loads(pathlib.Path("trained/config.json").read_text()) == json.loads(
-        pathlib.Path(showo["showo"], "config.json").read_text())
     policy = M.load_showo("trained", showo["magvit"])
     assert torch.equal(policy.showo.lm_head.bias, trained["showo.lm_head.bias"])
 
@@ -2918,8 +2908,9 @@ def test_the_readme_names_what_there_is():
               if re.match(r"# \d+\. ", line) and lines[i - 2].startswith("# ----")]
     ends = [start - 3 for start in starts[1:]] + [len(lines)]
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| (\d+) \| (\d+)-(\d+) \|", readme, re.MULTILINE)
-    assert [tuple(map(int, row)) for row in table] == [*zip(itertools.count(1), starts, ends)]
+    paragraph = readme.split("Sections and lines: ")[1].split("\n")[0]
+    sections = re.findall(r"\b(\d+) [^();]*\((\d+)-(\d+)\)", paragraph)
+    assert [tuple(map(int, row)) for row in sections] == [*zip(itertools.count(1), starts, ends)]
     fields = {M.flag(field.name) for field in dataclasses.fields(M.Config)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= {*fields, "--force-reinstall"}
     for name in ("rollout_batch", "micro_batch"):
@@ -2932,12 +2923,13 @@ def test_the_readme_names_what_there_is():
     assert len(named) > 10 and set(named) <= globals().keys()
 
 
-def test_the_figure_of_one_step_is_that_of_the_text():
-    """Its script draws the picture that is kept, from the numbers of the module's docstring."""
+def test_the_figures_are_drawn_from_what_is_kept():
+    """By their script, as they are in the README; one step has the numbers of the docstring."""
     folder = pathlib.Path(M.__file__).parent / "assets"
     script = runpy.run_path(str(folder / "figures.py"))
-    drawn, kept = np.asarray(script["one_step"]()), np.asarray(Image.open(folder / "step.png"))
-    assert drawn.shape == kept.shape and (drawn == kept).mean() > 0.99   # fonts may differ a little
+    for name, figure in script["FIGURES"].items():
+        drawn, kept = np.asarray(figure()), np.asarray(Image.open(folder / name))
+        assert drawn.shape == kept.shape and (drawn == kept).mean() > 0.99   # fonts may differ
     text = " ".join(M.__doc__.split())
     assert " ".join(script["DRAWN"]) in text
     assert " ".join(map(str, script["NOISY_CONFIDENCE"])) in text
@@ -2945,6 +2937,37 @@ def test_the_figure_of_one_step_is_that_of_the_text():
                    for token, value in zip(script["DRAWN"], script["NOISY_CONFIDENCE"])]
     assert f"next state {' '.join(kept_tokens)}" in text
     assert script["THRESHOLD"] in script["NOISY_CONFIDENCE"]
+
+
+@pytest.mark.parametrize("kept, missing", [
+    ((), "study.tar.xz is missing; the loop in README makes it"),
+    (("study.tar.xz",), "pictures.json is missing; name the folder of a run")])
+def test_the_figures_need_what_is_kept(tmp_path, monkeypatch, kept, missing):
+    """Without it: one line, and no figure."""
+    folder = pathlib.Path(M.__file__).parent / "assets"
+    for name in ("figures.py", *kept):
+        shutil.copy(folder / name, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py"])
+    with pytest.raises(SystemExit, match=re.escape(missing)):
+        runpy.run_path(str(tmp_path / "figures.py"), run_name="__main__")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_figures_show_a_run(tmp_path, monkeypatch):
+    """The first held-out caption of each category, by the base and the policy of a run."""
+    folder, out = pathlib.Path(M.__file__).parent / "assets", tmp_path / "out"
+    for name in ("figures.py", "study.tar.xz"):
+        shutil.copy(folder / name, tmp_path)
+    M.train(tiny(out=str(out), reward="red", updates=2, lr=0.1))
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(out)])
+    runpy.run_path(str(tmp_path / "figures.py"), run_name="__main__")
+    kept = json.loads((tmp_path / "pictures.json").read_text())
+    assert kept["captions"] == [captions[0] for captions in R.captions(True).values()]
+    assert kept["updates"] == 2 and kept["base"]["tokens"] != kept["trained"]["tokens"]
+    assert all(len(kept[name][part]) == 6 and len(kept[name][part][0]) == 36
+               for name in ("base", "trained") for part in ("tokens", "revealed_at"))
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "step.png", "figure.png", "unmasking.png"}
 
 
 @functools.cache
@@ -2963,53 +2986,60 @@ def study_runs(folder):
         assert (run["seed"], run["updates"]) == (int(seed), config.updates)
         assert len(rows) == config.updates
         assert float(rows[-1]["heldout"]) == pytest.approx(run["heldout_trained"], abs=1e-4)
-        groups = sum(int(row["painted"]) for row in rows)   # the kept runs say painted for sampled
+        reached = [int(row["update"]) for row in rows if float(row["heldout"] or 0) >= 0.7]
+        groups = sum(int(row.get("sampled") or row["painted"]) for row in rows)   # its older name
         run |= {"pictures": groups * config.group_size,
+                "to": reached[0] if reached else None,
                 "first_grad": float(rows[0]["grad"]),
                 "largest_ratio": max(float(row["ratio"]) for row in rows)}
         runs.setdefault(flags, []).append(run)
     return runs
 
 
+def values(runs, name):
+    return torch.tensor([run[name] for run in runs], dtype=torch.float64)       # (S,)
+
+
+def table_cells(lines):
+    """Lines of a Markdown table, without its two of header -> a list of cells for each"""
+    return [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in lines.split("\n")[2:]]
+
+
 def test_the_study_in_the_readme_is_the_one_in_assets():
-    """Every row of its table, recomputed from the runs that were kept."""
+    """Every row of its tables, recomputed from the runs that were kept."""
     folder = pathlib.Path(M.__file__).parent
     runs = study_runs(folder)
 
-    def of(runs, name):
-        return torch.tensor([run[name] for run in runs], dtype=torch.float64)   # (S,)
+    def spread(x):
+        return f"{x.mean():.2f}±{x.std():.2f}"
 
-    def spread(values):
-        return f"{values.mean():.2f}±{values.std():.2f}"
-
-    table = (folder / "README.md").read_text(encoding="utf-8").split("| run | flags |")[1]
-    base, *rows = [[cell.strip("` ") for cell in line.split("|")[2:-1]]
-                   for line in table.split("\n\n")[0].splitlines()[2:]]
-    bases = runs[""] + runs["--updates 1"]                  # of seeds 5 to 7 there is no more
-    assert base == ["", str(len(bases)), spread(of(bases, "heldout_base")),
-                    f"{of(bases, 'base').mean():.2f}", "", "", ""]
-    assert {row[0] for row in rows} == runs.keys() - {"--updates 1"}
-    for flags, seeds, heldout, trained, collapsed, seconds, pictures in rows:
-        mine = [run for run in runs[flags] if run["seed"] < int(seeds)]
-        assert len(mine) == int(seeds) and (len(runs[flags]) == int(seeds) or flags == "")
-        assert heldout == spread(of(mine, "heldout_trained"))
-        assert trained == f"{of(mine, 'trained').mean():.2f}"
-        assert int(collapsed) == (of(mine, "heldout_trained") < of(mine, "heldout_base")).sum()
-        assert seconds == f"{of(mine, 'train_seconds').mean():.0f}"
-        assert pictures == f"{of(mine, 'pictures').mean():.0f}"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    found = {}
+    for table in readme.split("| run | flags |")[1:]:
+        for _, flags, seeds, *cells in table_cells(table.split("\n\n")[0]):
+            mine = [run for run in runs[flags] if run["seed"] < int(seeds)]
+            base, heldout = values(mine, "heldout_base"), values(mine, "heldout_trained")
+            to = [run["to"] for run in mine if run["to"]]
+            reached = f"{sum(to) / len(to):.0f}" if to else "-"
+            found[flags] = int(seeds)
+            assert len(mine) == int(seeds) and cells == [
+                spread(base), spread(heldout), str(int((heldout < base).sum())),
+                reached + (f" ({len(to)})" if 0 < len(to) < len(mine) else ""),
+                f"{values(mine, 'train_seconds').mean():.0f}",
+                f"{values(mine, 'pictures').mean():.0f}"]
+    others = runs["--updates 1"]                            # of seeds 5 to 7, for their base
+    assert found.keys() == runs.keys() - {"--updates 1"}
+    assert all(len(runs[flags]) == seeds for flags, seeds in found.items() if flags)
+    *first, last = [f"{run['heldout_base']:.2f}" for run in runs[""] + others]
+    assert len(first) == 7 and f"are right in {', '.join(first)} and {last} of the held" in readme
 
 
 def test_what_the_text_says_of_the_study_is_what_it_measured():
     """Lengths of gradients in update 1, which samples the same pictures; ratios; single seeds."""
     runs = study_runs(pathlib.Path(M.__file__).parent)
     longer = [ar["first_grad"] / p1["first_grad"]
-              for ar, p1 in zip(runs["--transition ar"], runs[""], strict=True)]
+              for ar, p1 in zip(runs["--transition ar"], runs[""])]
     assert f"{sum(longer) / len(longer):.0f}" == "4"
     plain, per_token = (max(run["largest_ratio"] for run in runs[f"--inner-epochs 2{more}"])
                         for more in ("", " --length-normalize"))
     assert f"{plain:.1f}" == "2.4" and per_token < 1.001
-    bases = sorted(f"{run['heldout_base']:.2f}" for run in runs[""] + runs["--updates 1"])
-    assert [bases[0], *bases[5:]] == ["0.18", "0.41", "0.82", "0.84"]
-    assert runs["--transition p1_literal"][3]["trained"] == 0
-    assert runs["--transition p1_literal"][3]["heldout_trained"] == 0
-    assert f"{runs['--steps 6 --updates 119'][2]['heldout_trained']:.2f}" == "0.31"
