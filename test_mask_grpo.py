@@ -3000,9 +3000,10 @@ def values(runs, name):
     return torch.tensor([run[name] for run in runs], dtype=torch.float64)       # (S,)
 
 
-def table_cells(lines):
-    """Lines of a Markdown table, without its two of header -> a list of cells for each"""
-    return [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in lines.split("\n")[2:]]
+def table_cells(text):
+    """The rows of a Markdown table whose header's first cells are cut off -> lists of cells"""
+    rows = itertools.takewhile(lambda line: line.startswith("|"), text.splitlines()[2:])
+    return [[cell.strip("` ") for cell in row.split("|")[1:-1]] for row in rows]
 
 
 def test_the_study_in_the_readme_is_the_one_in_assets():
@@ -3016,7 +3017,7 @@ def test_the_study_in_the_readme_is_the_one_in_assets():
     readme = (folder / "README.md").read_text(encoding="utf-8")
     found = {}
     for table in readme.split("| run | flags |")[1:]:
-        for _, flags, seeds, *cells in table_cells(table.split("\n\n")[0]):
+        for _, flags, seeds, *cells in table_cells(table):
             mine = [run for run in runs[flags] if run["seed"] < int(seeds)]
             base, heldout = values(mine, "heldout_base"), values(mine, "heldout_trained")
             to = [run["to"] for run in mine if run["to"]]
