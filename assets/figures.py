@@ -36,7 +36,7 @@ FACTORS = (                                     # what each definition multiplie
 LEFT, COLUMN, WIDTH, HEIGHT = 230, 190, 1010, 760
 KEPT, DISCARDED, INK = "#1b6e3c", "#a33b2e", "black"
 # curves
-CURVES = (("p1, Eq. 14", "default", (31, 95, 180)),
+CURVES = (("p1, Eq. 14 with noise", "default", (31, 95, 180)),
           ("p2, Eq. 15", "--transition=p2", (224, 120, 0)),
           ("AR-style, Eq. 13", "--transition=ar", (110, 110, 110)))
 SMOOTH = 5                                      # updates in the running mean
@@ -83,9 +83,12 @@ def one_step():
 
     tokens(draw, 450, "next state", [name if value >= THRESHOLD else "MASK"
                                      for name, value in zip(DRAWN, NOISY_CONFIDENCE)])
-    draw.line((20, 505, WIDTH - 20, 505), "gray", 2)
+    for i, value in enumerate(NOISY_CONFIDENCE):
+        write(draw, LEFT + i * COLUMN + COLUMN // 2, 502,
+              "revealed: U" if value >= THRESHOLD else "masked again: R", 22)
+    draw.line((20, 525, WIDTH - 20, 525), "gray", 2)
     for row, (name, factors) in enumerate(FACTORS):
-        y = 550 + 62 * row
+        y = 567 + 60 * row
         write(draw, 20, y, f"{name} =", 34, anchor="lm")
         seen = False
         for i, factor in enumerate(factors):
@@ -198,7 +201,7 @@ def base_and_trained():
             right = bool(reward.shapes_correct([shown], [caption]))
             write(draw, x + 158 * j, y + 164, "right" if right else "wrong", 30,
                   KEPT if right else DISCARDED, "lm")
-    write(draw, 800, 40, "mean reward of each update", 42, anchor="lm")
+    write(draw, 800, 40, "mean training reward", 42, anchor="lm")
     chart(image, 870, 100, 1470, 840)
     return image
 
