@@ -398,7 +398,7 @@ class SampleFilter:
     """Finds vanishing groups (section 3.3 of the paper) by their standard deviations.
 
     A group vanishes if the std of its rewards is 0, or below the quantile of the last `window`
-    groups' stds. The first `warmup` groups are all kept.
+    groups' stds. The first `warmup` are all kept. In the shapes world it does not pay (README).
     """
 
     def __init__(self, quantile, warmup=32, window=512):
@@ -486,8 +486,8 @@ def sample_groups(policy, reward, captions, sample_filter, config, generator):
 def scored_steps(B, T, config, generator):
     """Which steps of which pictures to learn from -> (M, 2) long, pairs of a picture and a step
 
-    k random steps, drawn anew in every update, estimate Eq. 10's mean over all T without bias. The
-    first or the last k (the paper's computational reduction) are another objective.
+    k random steps, new in every update, estimate Eq. 10's mean over all T without bias. The first
+    or last k (the paper's computational reduction) are another objective; the first teach least.
     """
     k, steps = config.score_steps or T, torch.arange(T, device=generator.device).expand(B, T)
     if k < T and config.reduction == "random":
