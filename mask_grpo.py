@@ -26,7 +26,7 @@ actions with this outcome; `p2` keeps only the factor of the revealed tokens. On
   5. maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus beta times the
      KL to the base (the policy before any reinforcement learning), Eq. 10             (section 6)
 
-Run it: `python mask_grpo.py` trains in a toy world of shapes, in 5 minutes on two CPU cores; with
+Run it: `python mask_grpo.py` trains in a toy world of shapes, in 6 minutes on two CPU cores; with
 `--model showlab/show-o-512x512 --prompts FILE` the paper's own system, on a GPU. `-h` has the rest.
 README lists the differences from the paper and from its released code, each with a test.
 Dims: B = P * G samples of P prompts (captions), N image tokens, K codes, T steps, L length of the

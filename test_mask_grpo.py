@@ -2939,6 +2939,20 @@ def test_the_figures_are_drawn_from_what_is_kept():
     assert script["THRESHOLD"] in script["NOISY_CONFIDENCE"]
 
 
+def test_objects_come_last_in_the_base_and_first_in_the_trained_policy():
+    """In the six pictures of the README: the step that reveals the first tile of an object."""
+    folder = pathlib.Path(M.__file__).parent
+    kept = json.loads((folder / "assets" / "pictures.json").read_text(encoding="utf-8"))
+    first = {}
+    for name in ("base", "trained"):
+        tokens, revealed_at = (torch.tensor(kept[name][part]) for part in ("tokens", "revealed_at"))
+        first[name] = 1 + revealed_at.masked_fill(tokens == 0, 99).amin(1)                  # (6,)
+    assert first["trained"].tolist() == [1] * 6
+    low, high = first["base"].min(), first["base"].max()
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"in steps {low} to {high} of {M.Config.steps}, the trained policy in step 1" in readme
+
+
 @pytest.mark.parametrize("kept, missing", [
     ((), "study.tar.xz is missing; the loop in README makes it"),
     (("study.tar.xz",), "pictures.json is missing; name the folder of a run")])
