@@ -675,7 +675,7 @@ def load_base(policy, config):
 # 10. Show-o as a policy: the published weights in the class of section 2 (the decoder: reward.py).
 
 # Defaults for Show-o, 512 x 512: the paper's group size, T, learning rate and batch, the released
-# code's reward, guidance and warm-up. 625 updates are one pass over its 10,000 captions, 16 each.
+# code's reward, guidance and warm-up. 625 updates draw 10,000 captions, as many as its file has.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
              group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
              eval_every=10, eval_pictures=16)

@@ -2947,7 +2947,7 @@ def test_objects_come_last_in_the_base_and_first_in_the_trained_policy():
     for name in ("base", "trained"):
         tokens, revealed_at = (torch.tensor(kept[name][part]) for part in ("tokens", "revealed_at"))
         first[name] = 1 + revealed_at.masked_fill(tokens == 0, 99).amin(1)                  # (6,)
-    assert first["trained"].tolist() == [1] * 6
+    assert kept["seed"] == 0 and first["trained"].tolist() == [1] * 6
     low, high = first["base"].min(), first["base"].max()
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert f"in steps {low} to {high} of {M.Config.steps}, the trained policy in step 1" in readme
@@ -2965,6 +2965,15 @@ def test_the_figures_need_what_is_kept(tmp_path, monkeypatch, kept, missing):
     with pytest.raises(SystemExit, match=re.escape(missing)):
         runpy.run_path(str(tmp_path / "figures.py"), run_name="__main__")
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_figures_say_that_a_folder_holds_no_run(tmp_path, monkeypatch):
+    """One line, and what was kept is as it was."""
+    shutil.copy(pathlib.Path(M.__file__).parent / "assets" / "figures.py", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="none holds no run: .*checkpoint.pt is missing"):
+        runpy.run_path(str(tmp_path / "figures.py"), run_name="__main__")
+    assert not (tmp_path / "pictures.json").exists()
 
 
 def test_the_figures_show_a_run(tmp_path, monkeypatch):
@@ -3012,6 +3021,7 @@ def study_runs(folder):
 
 
 def values(runs, name):
+    """One of the numbers of S runs -> (S,) float64"""
     return torch.tensor([run[name] for run in runs], dtype=torch.float64)       # (S,)
 
 
@@ -3068,7 +3078,11 @@ def test_what_the_text_says_of_the_study_is_what_it_measured():
             "average") in readme
     assert (f"({mean_at(75, '--transition ar --updates 103', 3):.2f} on average, against "
             f"{mean_at(75, '--transition ar', 3):.2f})") in readme
+    bases = sorted(f"{run['heldout_base']:.2f}" for run in runs[""] + runs["--updates 1"])
+    assert [bases[0], *bases[5:]] == ["0.18", "0.41", "0.82", "0.84"]
     literal = runs["--transition p1_literal"]
+    assert literal[3]["trained"] == 0 and literal[3]["heldout_trained"] == 0
+    assert f"{runs['--steps 6 --updates 119'][2]['heldout_trained']:.2f}" == "0.31"
     assert (f"from {literal[3]['heldout_base']:.2f} to {literal[3]['heldout_trained']:.2f} (seed 3)"
             in readme)
     weak = [run["heldout_trained"] - run["heldout_base"] for run in literal if run["seed"] != 3]
