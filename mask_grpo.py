@@ -26,14 +26,13 @@ actions with this outcome; `p2` keeps only the factor of the revealed tokens. On
   5. maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus beta times the
      KL to the base (the policy before any reinforcement learning), Eq. 10             (section 6)
 
-Run it: `python mask_grpo.py` trains in a toy world of shapes, in 6 minutes on two CPU cores; with
+Run it: `python mask_grpo.py` trains in a toy world of shapes, in 5 minutes on two CPU cores; with
 `--model showlab/show-o-512x512 --prompts FILE` the paper's own system, on a GPU. `-h` has the rest.
 README lists the differences from the paper and from its released code, each with a test.
 Dims: B = P * G samples of P prompts (captions), N image tokens, K codes, T steps, L length of the
 sequence, D hidden size, M pairs of a picture and a step, m of them in a micro-batch.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import inspect                                     # -h shows the source of Config
@@ -43,7 +42,6 @@ import math
 import os
 import pathlib
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -60,8 +58,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import reward as rewards
-from reward import MagvitDecoder, Stop, blame, find, log_line, read_weights, replacing, save
-from reward import save_grid, save_rows, score
+from reward import MagvitDecoder, Stop, blame, find, finish_update_first, log_line, read_weights
+from reward import replacing, save, save_grid, save_rows, score
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings. Each field is a flag (clip_low is --clip-low) and its comment is the help text.
@@ -85,17 +83,17 @@ class Config:
     # the shapes world's base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
-    pretrain_steps: int = 3000      # masked-token prediction before any reinforcement learning
+    pretrain_steps: int = 3500      # masked-token prediction before any reinforcement learning
     # sampling
-    steps: int = 14                 # T in training; below --eval-steps: unmasking reduction
-    eval_steps: int = 14            # T in evaluation
-    temperature: float = 1.0        # of the noise on the confidences; 0 means no noise
+    steps: int = 12                 # T in training; fewer than --eval-steps is cheaper
+    eval_steps: int = 12            # T in evaluation
+    temperature: float = 2.0        # of the noise on the confidences; 0 means no noise
     guidance: float = 0.0           # g in evaluation, (1 + g) cond - g uncond; training has none
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
-    updates: int = 75               # rounds of sampling and learning
-    groups: int = 8                 # P, prompts per update
-    group_size: int = 8             # G, pictures per prompt, at least 2
+    updates: int = 27               # rounds of sampling and learning
+    groups: int = 24                # P, prompts per update
+    group_size: int = 4             # G, pictures per prompt, at least 2
     inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
     length_normalize: bool = False  # ratio per token, not per step; use with --inner-epochs > 1
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
@@ -107,23 +105,23 @@ class Config:
     filter_tries: int = 2           # how often missing groups are resampled per update
     # optimisation
     optimizer: str = "adamw"        # adamw, or adafactor, which needs almost no memory of its own
-    lr: float = 8e-4                # peak learning rate; smaller for larger policies
+    lr: float = 2.5e-3              # peak learning rate; smaller for larger policies
     warmup: int = 5                 # updates of linear warm-up, times a cosine to 0 over the run
     weight_decay: float = 0.02      # on matrices only, not on biases and norms
     max_grad_norm: float = 1.0      # gradients with a larger norm are scaled down to it
-    rollout_batch: int = 1024       # pictures sampled at once: affects memory only
+    rollout_batch: int = 1024       # pictures sampled at once, for memory; other draws, too
     micro_batch: int = 192          # (picture, step) pairs per backward pass: affects memory only
     checkpointing: bool = False     # recompute activations in the backward pass to save memory
     # evaluation
-    eval_every: int = 25            # updates between evaluations, picture grids and checkpoints
+    eval_every: int = 9             # updates between evaluations, picture grids and checkpoints
     eval_pictures: int = 48         # pictures per category, for training and held-out captions
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. The policy is Show-o (Xie et al., 2024): a Phi language model whose vocabulary also holds image
 #    codes, so that text and picture form one sequence. The transformer is trained, the decoder from
-#    codes to pixels is frozen. The method asks a policy for three things: encode(prompts) ->
-#    ids, forward(ids, tokens) -> logits, decode(tokens) -> pictures. Tokens are 0..K-1; K is MASK.
+#    codes to pixels is frozen. The method needs encode(prompts) -> ids, forward(ids, tokens) ->
+#    logits, decode(tokens) -> pictures, num_tokens N, codebook_size K, device. MASK is token K.
 
 NUM_SPECIAL = 10    # ids between the text and the codes: pad, <soi>, <eoi>, task tokens, ...
 
@@ -308,10 +306,10 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        p1_literal   p_i(y_i)      the same, but without the noise       a step without noise
 #
 #    * It sums to more than 1 over all next states, as it ignores which positions were chosen.
-#    `ar` also includes the discarded draws: 35 of 36 in the first of 14 steps.
+#    `ar` also includes the discarded draws: 35 of 36 in the first of 12 steps.
 #    The gradient of log p1 is the expected gradient of log ar over the discarded draws, given
 #    outcome and noise (Rao-Blackwell): the same mean, less variance. In the shapes world the
-#    gradient of `ar` has four times the norm, and learning is slow (README).
+#    gradient of `ar` has over three times the norm, and it learns little (README).
 #    None of these gradients is the whole policy gradient: how the weights move the ranking is not
 #    credited, as the noise is taken as given and a comparison has no gradient.
 
@@ -325,8 +323,8 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     U is revealed_at == t, R is revealed_at > t. noise: what the sampler added to the
     confidences (None: no noise). drawn: its draws, for `ar`. ValueError for another transition.
 
-    Let p_0 = (.7, .2, .1) reveal its code 0, while p_1 = (.6, .3, .1) draws its code 2 and stays
-    masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), as all of p_1 is below .7.
+    Let q_0 = (.7, .2, .1) reveal its code 0, while q_1 = (.6, .3, .1) draws its code 2 and stays
+    masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), as all of q_1 is below .7.
     If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): position 0 cannot have drawn code
     0. Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, and p1 = .6 * (.7 + .2 + .1),
     while p1_literal stays at .6 * (.2 + .1) and rules out what may have happened.
@@ -398,7 +396,7 @@ class SampleFilter:
     """Finds vanishing groups (section 3.3 of the paper) by their standard deviations.
 
     A group vanishes if the std of its rewards is 0, or below the quantile of the last `window`
-    groups' stds. The first `warmup` are all kept. In the shapes world it does not pay (README).
+    groups' stds. All groups are kept at quantile 0, and the first `warmup` in any case.
     """
 
     def __init__(self, quantile, warmup=32, window=512):
@@ -436,8 +434,8 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r, r = p_ref / p. (M,) -> (M,), >= 0
 
-    An estimate only for `p1` and `ar`; for p2 and p1_literal, which are not probabilities of what
-    was sampled, just a penalty. As a loss, its expected gradient is that of KL(p_ref || p).
+    It estimates the KL for `p1` and `ar` only; for p2 and p1_literal, not probabilities of what
+    was sampled, it is just a penalty. As a loss, its expected gradient is that of KL(p_ref || p).
     """
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                      # (M,)
     return log_ratio.exp() - 1 - log_ratio
@@ -487,7 +485,7 @@ def scored_steps(B, T, config, generator):
     """Which steps of which pictures to learn from -> (M, 2) long, pairs of a picture and a step
 
     k random steps, new in every update, estimate Eq. 10's mean over all T without bias. The first
-    or last k (the paper's computational reduction) are another objective; the first teach least.
+    or last k (the paper's computational reduction) are another objective.
     """
     k, steps = config.score_steps or T, torch.arange(T, device=generator.device).expand(B, T)
     if k < T and config.reduction == "random":
@@ -523,7 +521,7 @@ def learn(policy, reference, optimizer, prompt_ids, trajectory, advantage, confi
                     logp_ref = replay_logprob(reference, prompt_ids, trajectory, b, t, transition)
                 kl = kl_k3(logp / length, logp_ref / length)                    # (m,)
                 loss, part["kl"] = loss + config.beta * kl.mean(), kl.detach()
-            loss = loss * len(b) * weight       # of the micro-batch's mean, its part of the whole
+            loss = loss * len(b) * weight       # the micro-batch's part of Eq. 10's mean
             loss.backward()
             parts.append({"loss": loss.detach()[None], **part})
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}   # (M,) each
@@ -573,7 +571,7 @@ def train(config: Config):
                    "sampled": len(all_rewards),
                    **numbers, "lr": lr, "seconds": time.time() - start, "heldout": ""}
 
-            # evaluate with fixed captions and noise; save what --resume needs before the pictures
+            # evaluate (shapes: 1 if correct, else 0); save what --resume needs before the pictures
             evaluated = update % config.eval_every == 0 or update == config.updates
             if evaluated:
                 trained = evaluate(run.policy, run.measure, run.splits, config)
@@ -598,9 +596,27 @@ def train(config: Config):
 # 9. That was the whole method. From here on: two policies to run it on, the shapes world's (9) and
 #    Show-o (10), then evaluation and checkpoints (11), the set-up (12) and the command line (13).
 #    The shapes world has a small Phi, a decoder of tiles, and a base trained from scratch.
-#    RL mainly changes the order in which tokens are revealed: the base is most confident of the
-#    background and leaves the objects for its last steps, where many tokens are drawn at once,
-#    independently of each other; Mask-GRPO learns to place the objects first.
+#    RL mainly changes the order in which tokens are revealed. The base is most confident of the
+#    background and leaves the objects for its last steps, which reveal 4 or 5 tokens at once, drawn
+#    independently of each other. Mask-GRPO learns to place the objects first. It must see objects
+#    that were revealed early, and the noise on the confidences shows it some: --temperature 2.
+
+
+class PlacedEmbedding(nn.Embedding):
+    """Token embeddings plus a learned vector per place, from the end, as prompts are padded left.
+
+    With RoPE alone a model this small learns spatial relations late, and on some seeds never.
+    """
+
+    def __init__(self, vocab_size, width, places=192):
+        super().__init__(vocab_size, width)
+        self.place = nn.Parameter(torch.empty(places, width))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=0.1)
+
+    def forward(self, ids):
+        """ids (B, L) -> (B, L, D)"""
+        return super().forward(ids) + self.place[-ids.shape[1]:]
 
 
 def shapes_policy(config) -> Policy:
@@ -610,9 +626,8 @@ def shapes_policy(config) -> Policy:
     torch.manual_seed(config.seed)
     phi = PhiConfig(
         vocab_size=len(words) + NUM_SPECIAL + rewards.CODEBOOK_SIZE + 1,
-        hidden_size=config.width, intermediate_size=2 * config.width,
+        hidden_size=config.width, intermediate_size=config.width, hidden_act="relu",
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
-        hidden_act="gelu_pytorch_tanh",     # the formula of Show-o's gelu_new, in one kernel
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
         # distances are short (neighbours are 1 and 6 apart): rotate all of a head, and faster
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
@@ -624,19 +639,22 @@ def shapes_policy(config) -> Policy:
                        "--model takes a policy with a larger vocabulary")
         return [words.index(word) for word in prompt.split()]
 
-    return Policy(phi, tokenize, 0, rewards.TileDecoder(), rewards.GRID ** 2, rewards.CODEBOOK_SIZE)
+    policy = Policy(phi, tokenize, 0, rewards.TileDecoder(), rewards.GRID ** 2,
+                    rewards.CODEBOOK_SIZE)
+    policy.showo.model.embed_tokens = PlacedEmbedding(phi.vocab_size, config.width)
+    return policy
 
 
-def pretrain(policy, config, batch=32, lr=5e-3, prompt_dropout=0.1):
+def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
     """Masked-token prediction on correct pictures: mask a random share of tokens, predict them.
 
-    The base sees the held-out captions, too; only the RL updates do not.
+    The base sees the held-out captions, too; the RL updates never do.
     A share of the prompts is replaced by "", so that guidance has an unconditional model.
     """
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     N, MASK, total = policy.num_tokens, policy.codebook_size, config.pretrain_steps
     prompts, pictures = rewards.draw_pairs(min(20_000, batch * total), rng)     # (n,), (n, N)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98), fused=True)
     for i in range(total):
         set_lr(optimizer, lr, i, 100, total)
         index = torch.randint(len(prompts), (batch,), generator=generator)      # (batch,)
@@ -656,7 +674,7 @@ def pretrain(policy, config, batch=32, lr=5e-3, prompt_dropout=0.1):
 
 
 def load_base(policy, config):
-    """Give the policy the base's weights, kept in --out/base.pt -> seconds of pretraining"""
+    """Load the base from --out/base.pt, or pretrain and save it -> its seconds of pretraining"""
     path, start = pathlib.Path(config.out, "base.pt"), time.time()
     settings = [config.width, config.layers, config.pretrain_steps, config.seed]
     if not path.exists():
@@ -676,9 +694,9 @@ def load_base(policy, config):
 
 # Defaults for Show-o, 512 x 512: the paper's group size, T, learning rate and batch, the released
 # code's reward, guidance and warm-up. 625 updates draw 10,000 captions, as many as its file has.
-SHOWO = dict(reward="clip", steps=50, eval_steps=50, guidance=5.0, updates=625, groups=16,
-             group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
-             eval_every=10, eval_pictures=16)
+SHOWO = dict(reward="clip", steps=50, eval_steps=50, temperature=1.0, guidance=5.0, updates=625,
+             groups=16, group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8,
+             checkpointing=True, eval_every=10, eval_pictures=16)
 
 
 def load_weights(policy, weights, source):
@@ -959,7 +977,8 @@ def generate(config: Config):
 # --------------------------------------------------------------------------------------------------
 # 13. The command line.
 
-MEMORY = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch", "checkpointing"}
+MAY_CHANGE = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch",
+              "checkpointing"}          # on --resume
 SAMPLING = {"generate", "samples", "seed", "eval_steps", "guidance", "temperature"}
 
 
@@ -992,7 +1011,7 @@ def parse(argv) -> Config:
     given |= {key: os.path.abspath(given[key]) for key in ("out", "generate") if given.get(key)}
     state = read_checkpoint(given["out"], mmap=True)        # reads the settings, not the weights
     saved, done = state["config"], len(state["rows"])
-    for name in given.keys() - MEMORY - (SAMPLING if given.get("generate") else set()):
+    for name in given.keys() - MAY_CHANGE - (SAMPLING if given.get("generate") else set()):
         if given[name] != saved[name]:
             raise Stop(f"{flag(name)} {given[name]}: a resumed run keeps its settings, here "
                        f"{saved[name]!r}; leave the flag out, or start a new run")
@@ -1001,25 +1020,6 @@ def parse(argv) -> Config:
     if os.path.isdir(state["directory"]):   # where the relative paths of its settings start
         os.chdir(state["directory"])
     return Config(**{**saved, "device": Config.device, **given})
-
-
-@contextlib.contextmanager
-def finish_update_first():
-    """Ctrl-C and SIGTERM let the update finish, a second one does not -> list of those received"""
-    received, usual = [], {}
-
-    def note(number, _):
-        received.append(number)
-        os.write(2, b"\nstopping after this update; once more to stop at once\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    usual |= {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for each, handler in usual.items():
-            signal.signal(each, handler)
 
 
 def main(argv=None):

@@ -3,7 +3,7 @@
 
 step.png        one step, from the numbers of the drawing at the top of mask_grpo.py
 figure.png      pictures of pictures.json, and curves of study.tar.xz
-unmasking.png   the last caption of pictures.json, step by step
+unmasking.png   the last caption of pictures.json that the trained policy gets right, step by step
 
 `python assets/figures.py RUN` first writes pictures.json anew: the first held-out caption of each
 category, sampled with the same noise by the base and the trained policy of the run in folder RUN.
@@ -154,7 +154,7 @@ def curves():
     return [x.unfold(-1, SMOOTH, 1).mean(-1)[:, 0] for x in padded]
 
 
-def chart(image, left, top, right, bottom, low=0.4):
+def chart(image, left, top, right, bottom, low=0.2):
     """The mean over seeds and their range, for each of CURVES, into a rectangle of the image."""
     runs, draw = curves(), ImageDraw.Draw(image)
     updates = runs[0].shape[1]
@@ -168,7 +168,7 @@ def chart(image, left, top, right, bottom, low=0.4):
         y = bottom - (bottom - top) * (tenth / 10 - low) / (1 - low)
         draw.line((left, y, right, y), "#d9d9d9", 2)
         write(draw, left - 14, y, f"{tenth / 10:.1f}", 34, anchor="rm")
-    for update in (1, 25, 50, 75, 100):
+    for update in (1, *range(9, 100, 9)):
         if update <= updates:
             x = left + (right - left) * (update - 1) / (updates - 1)
             write(draw, x, bottom + 34, str(update), 34)
@@ -207,18 +207,23 @@ def base_and_trained():
 
 
 def unmasking(columns=6):
-    """The last caption: rows for base and trained policy, columns for steps -> Image"""
+    """A caption that training mended: rows for base and trained policy, columns for steps -> Image
+
+    The last one of which the trained policy's picture is right; the last of all if there is none.
+    """
     kept = json.loads((HERE / "pictures.json").read_text(encoding="utf-8"))
-    steps = 1 + max(kept["base"]["revealed_at"][-1])
+    right = reward.shapes_correct([*map(pixels, kept["trained"]["tokens"])], kept["captions"])
+    i = max(right.nonzero()[:, 0].tolist(), default=-1)
+    steps = 1 + max(kept["base"]["revealed_at"][i])
     times = [round(steps * (i + 1) / columns) for i in range(columns)]
     image = Image.new("RGB", (1500, 690), "white")
     draw = ImageDraw.Draw(image)
-    write(draw, 10, 40, f"{kept['captions'][-1]}, after t of {steps} steps", 42, anchor="lm")
+    write(draw, 10, 40, f"{kept['captions'][i]}, after t of {steps} steps", 42, anchor="lm")
     for row, name in enumerate(("base", "trained")):
-        revealed_at = torch.tensor(kept[name]["revealed_at"][-1])
+        revealed_at = torch.tensor(kept[name]["revealed_at"][i])
         for column, t in enumerate(times):
             x, y = 10 + 250 * column, 80 + 305 * row
-            shown = pixels(kept[name]["tokens"][-1], revealed_at >= t)
+            shown = pixels(kept[name]["tokens"][i], revealed_at >= t)
             image.paste(framed(shown, 5), (x, y))
             title = f"{name}, t = {t}" if column == 0 else f"t = {t}"
             write(draw, x, y + 264, title, 36, anchor="lm")

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""Evaluates runs at other T: `python assets/over_t.py RUN ... | tee assets/over_t.txt`
+
+Prints the table in the README: the share of right pictures of held-out captions, of the base and of
+the trained policy of each run folder, which was trained at --steps of its own.
+"""
+import dataclasses
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import mask_grpo  # noqa: E402
+import reward  # noqa: E402
+
+TIMES = (10, 11, 12, 13, 14, 15, 18, 36)
+
+
+def shares(run):
+    """A run's folder -> its seed, and two lists: base and trained policy at each of TIMES"""
+    saved = torch.load(pathlib.Path(run, "checkpoint.pt"), "cpu")
+    config = mask_grpo.Config(**saved["config"])
+    base = torch.load(pathlib.Path(run, "base.pt"), "cpu")["policy"]
+    policy, found = mask_grpo.shapes_policy(config), []
+    for weights in (base, saved["policy"]):
+        policy.load_state_dict(weights)
+        found.append([mask_grpo.evaluate(policy, reward.shapes_correct, saved["splits"],
+                                         dataclasses.replace(config, eval_steps=T))[0][1].mean()
+                      for T in TIMES])
+    return config.seed, found
+
+
+if __name__ == "__main__":
+    print(f"| held-out, T = | {' | '.join(map(str, TIMES))} |")
+    print("|---" * (len(TIMES) + 1) + "|")
+    for run in sys.argv[1:]:
+        try:
+            seed, rows = shares(run)
+        except FileNotFoundError as error:
+            sys.exit(f"{run} holds no run: {error.filename} is missing")
+        for name, row in zip(("base", "trained"), rows):
+            cells = " | ".join(f"{share:.2f}" for share in row)
+            print(f"| seed {seed}, {name} | {cells} |", flush=True)
