@@ -109,7 +109,7 @@ class Config:
     warmup: int = 5                 # updates of linear warm-up, times a cosine to 0 over the run
     weight_decay: float = 0.02      # on matrices only, not on biases and norms
     max_grad_norm: float = 1.0      # gradients with a larger norm are scaled down to it
-    rollout_batch: int = 1024       # pictures sampled at once, for memory; other draws, too
+    rollout_batch: int = 1024       # pictures sampled at once, for memory; changes the draws
     micro_batch: int = 192          # (picture, step) pairs per backward pass: affects memory only
     checkpointing: bool = False     # recompute activations in the backward pass to save memory
     # evaluation

@@ -185,7 +185,7 @@ CATEGORY_WEIGHTS = (1, 1, 3, 1, 6, 5)               # more of what the base lear
 def draw_scene(caption, rng: random.Random):
     """A correct picture for a caption, random in what the caption leaves open -> N codes
 
-    With one habit, as real data have them: all objects share a row or a column. No caption asks.
+    Except for a habit that no caption asks for: all objects share a row or a column.
     """
     wanted, relation = parse(caption)
     shapes = [(shape, color) for count, color, shape in wanted for _ in range(count)]
@@ -536,9 +536,6 @@ def save(state, path):
         torch.save(state, partial)
 
 
-GRID_COLUMNS = 4    # captions per category that a grid shows
-
-
 @contextlib.contextmanager
 def finish_update_first():
     """Ctrl-C and SIGTERM let the update finish, a second one does not -> list of those received"""
@@ -556,6 +553,9 @@ def finish_update_first():
     finally:
         for each, handler in usual.items():
             signal.signal(each, handler)
+
+
+GRID_COLUMNS = 4    # captions per category that a grid shows
 
 
 def log_line(rows, total):
