@@ -49,7 +49,7 @@ EMPTY, BROKEN = -1, -2                              # what else a cell can hold
 LATTICE, TILE = 3, 8                                # cells per side, pixels per tile side
 GRID = 2 * LATTICE                                  # tokens per side
 ROWS = [range(LATTICE * row, LATTICE * (row + 1)) for row in range(LATTICE)]
-LINES = ROWS + [*zip(*ROWS)]                        # the cells of each row and of each column
+COLUMNS = [*zip(*ROWS)]                             # the cells of each row and of each column
 CODEBOOK_SIZE = 1 + 4 * len(OBJECTS)
 
 
@@ -122,9 +122,17 @@ def all_captions():
             meaning = f"{sorted([color + a, other + b])}"
             yield "attribution", meaning, f"a {color} {a} and a {other} {b}"
     for a, (word, count) in itertools.product(SHAPES, list(NUMBERS.items())[1:]):
-        yield "counting", f"{count} {a}", f"{word} {a}s"
+        yield "counting", f"{a} {count}", f"{word} {a}s"
     for a, color in OBJECTS:
         yield "color", f"{color} {a}", f"a {color} {a}"
+
+
+def phrases(caption):
+    """The small policy's tokens: "a star left of a circle" -> ["a star", "left of a circle"]"""
+    return re.split(f" (?={'|'.join(RELATIONS)})", caption) if caption else []
+
+
+PHRASES = sorted({phrase for *_, caption in all_captions() for phrase in phrases(caption)})
 
 
 def captions(heldout):
@@ -179,22 +187,24 @@ def in_order(first, second, relation):
 # --------------------------------------------------------------------------------------------------
 # 3. Correct pictures, for pretraining.
 
-CATEGORY_WEIGHTS = (1, 1, 3, 1, 6, 5)               # more of what the base learns last
+CATEGORY_WEIGHTS = (1, 2, 2, 1, 6, 3)               # more of what the base learns last
 
 
 def draw_scene(caption, rng: random.Random):
     """A correct picture for a caption, random in what the caption leaves open -> N codes
 
-    Except for a habit that no caption asks for: all objects share a row or a column.
+    Except for two habits that no caption asks for: all objects share a row, or a column if one is
+    to be above the other, and half of the colours left open are red.
     """
     wanted, relation = parse(caption)
     shapes = [(shape, color) for count, color, shape in wanted for _ in range(count)]
-    cells = rng.sample(rng.choice(LINES), len(shapes))
+    lines = COLUMNS if relation and relation[0] else ROWS
+    cells = rng.sample(rng.choice(lines), len(shapes))
     while relation and not in_order(*cells, relation):
-        cells = rng.sample(rng.choice(LINES), len(shapes))
+        cells = rng.sample(rng.choice(lines), len(shapes))
     codes = [0] * GRID ** 2
     for cell, (shape, color) in zip(cells, shapes):
-        o = OBJECTS.index((shape, color or rng.choice(list(COLORS))))
+        o = OBJECTS.index((shape, color or rng.choice(["red", *COLORS])))
         corner = 2 * GRID * (cell // LATTICE) + 2 * (cell % LATTICE)
         for quarter in range(4):
             codes[corner + GRID * (quarter // 2) + quarter % 2] = 1 + 4 * o + quarter
