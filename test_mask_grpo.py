@@ -3009,10 +3009,13 @@ def test_objects_come_last_in_the_base_and_first_in_the_trained_policy():
         tokens, revealed_at = (torch.tensor(kept[name][part]) for part in ("tokens", "revealed_at"))
         first[name] = 1 + revealed_at.masked_fill(tokens == 0, 99).amin(1)                  # (6,)
     assert kept["seed"] == 0 and first["trained"].tolist() == [1] * 6
-    assert sorted(first["base"].tolist()) == [1, 10, 10, 11, 11, 11]
+    late = first["base"] >= 10
+    right = R.shapes_correct(images_of(kept["base"]["tokens"]), kept["captions"])
+    assert late.sum() == 4 and right[late].eq(0).all() and first["base"].max() == M.Config.steps
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert ("In five of the six pictures above the base reveals its first tile of an object in "
-            f"step 10 or 11 of {M.Config.steps}, the trained policy in step 1 in all") in readme
+    assert ("In four of the six pictures above the base reveals its first tile of an object in "
+            f"step 10 to 12 of {M.Config.steps}, and all four are wrong; the trained policy does so in "
+            "step 1 in all") in readme
 
 
 @pytest.mark.parametrize("kept, missing", [

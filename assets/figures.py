@@ -3,7 +3,7 @@
 
 step.png        one step, from the numbers of the drawing at the top of mask_grpo.py
 figure.png      pictures of pictures.json, and curves of study.tar.xz
-unmasking.png   the last caption of pictures.json that the trained policy gets right, step by step
+unmasking.png   the last caption of pictures.json that training mended, step by step
 
 `python assets/figures.py RUN` first writes pictures.json anew: the first held-out caption of each
 category, sampled with the same noise by the base and the trained policy of the run in folder RUN.
@@ -209,11 +209,12 @@ def base_and_trained():
 def unmasking(columns=6):
     """A caption that training mended: rows for base and trained policy, columns for steps -> Image
 
-    The last one of which the trained policy's picture is right; the last of all if there is none.
+    The last one that only the trained policy gets right; the last of all if there is none.
     """
     kept = json.loads((HERE / "pictures.json").read_text(encoding="utf-8"))
-    right = reward.shapes_correct([*map(pixels, kept["trained"]["tokens"])], kept["captions"])
-    i = max(right.nonzero()[:, 0].tolist(), default=-1)
+    base, trained = (reward.shapes_correct([*map(pixels, kept[name]["tokens"])], kept["captions"])
+                     for name in ("base", "trained"))
+    i = max((trained > base).nonzero()[:, 0].tolist(), default=-1)
     steps = 1 + max(kept["base"]["revealed_at"][i])
     times = [round(steps * (i + 1) / columns) for i in range(columns)]
     image = Image.new("RGB", (1500, 690), "white")
