@@ -309,7 +309,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #    `ar` also includes the discarded draws: 35 of 36 in the first of 12 steps.
 #    The gradient of log p1 is the expected gradient of log ar over the discarded draws, given
 #    outcome and noise (Rao-Blackwell): the same mean, less variance. In the shapes world the
-#    gradient of `ar` has over three times the norm, and it learns little (README).
+#    gradient of `ar` has over three times the norm, and it learns less (README).
 #    None of these gradients is the whole policy gradient: how the weights move the ranking is not
 #    credited, as the noise is taken as given and a comparison has no gradient.
 
