@@ -606,7 +606,7 @@ def train(config: Config):
 class PlacedEmbedding(nn.Embedding):
     """Token embeddings plus a learned vector per place, from the end, as prompts are padded left.
 
-    With RoPE alone a model this small learns spatial relations late, and on some seeds never.
+    With RoPE alone a model this small learns later where each object belongs.
     """
 
     def __init__(self, vocab_size, width, places=192):

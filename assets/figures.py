@@ -216,7 +216,7 @@ def unmasking(columns=6):
                      for name in ("base", "trained"))
     i = max((trained > base).nonzero()[:, 0].tolist(), default=-1)
     steps = 1 + max(kept["base"]["revealed_at"][i])
-    times = [round(steps * (i + 1) / columns) for i in range(columns)]
+    times = [round(steps * column / columns) for column in range(1, columns + 1)]
     image = Image.new("RGB", (1500, 690), "white")
     draw = ImageDraw.Draw(image)
     write(draw, 10, 40, f"{kept['captions'][i]}, after t of {steps} steps", 42, anchor="lm")
