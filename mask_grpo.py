@@ -597,10 +597,10 @@ def train(config: Config):
 #    Show-o (10), then evaluation and checkpoints (11), the set-up (12) and the command line (13).
 #    The shapes world has a small Phi, a decoder of tiles, and a base trained from scratch. Its text
 #    tokens are phrases ("left of a star"): a model this small learns late how words combine.
-#    RL mainly changes the order in which tokens are revealed. The base is most confident of the
-#    background and leaves the objects for its last steps, which reveal 4 or 5 tokens at once, drawn
-#    independently of each other. Mask-GRPO learns to place the objects first. It must see objects
-#    that were revealed early, and the noise on the confidences shows it some: --temperature 2.
+#    The base is most confident of the background and leaves the objects for its last steps, which
+#    reveal 4 or 5 tokens at once, blind to each other. Mask-GRPO learns to place the objects first.
+#    It must see objects that were revealed early, and the noise, --temperature 2, shows it some:
+#    without it the training captions improve, the held-out ones far less (README).
 
 
 class PlacedEmbedding(nn.Embedding):

@@ -3192,6 +3192,22 @@ def test_what_the_text_says_of_the_study_is_what_it_measured():
     assert (ar > values(runs["--transition ar"], "heldout_base")).all() and (ar < p2).all()
     literal = values(runs["--transition p1_literal"], "heldout_trained")
     assert (literal < 0.005).all() and "ends at 0.00" in readme
+    lines = readme.splitlines()
+    tables, text = ("\n".join(line for line in lines if line.startswith("|") == inside)
+                    for inside in (True, False))
+    quoted = re.findall(r"\d\.\d\d±\d\.\d\d", text)
+    assert len(quoted) > 5 and all(f"| {x} |" in tables for x in quoted)
+    noiseless = runs["--temperature 0"]
+    assert (f"the training captions rise from {values(noiseless, 'base').mean():.2f} to "
+            f"{values(noiseless, 'trained').mean():.2f} all the same") in readme
+    for which in ("", " --reduction first", " --reduction last"):
+        half = values(runs[f"--score-steps 6{which}"], "heldout_trained")
+        assert (half < p1[:3]).tolist() == [True, True, False]
+    unfiltered, larger = (values(runs[flags], "heldout_trained").mean() for flags in (
+        "--filter-quantile 0 --updates 102", "--group-size 16 --groups 6"))
+    assert abs(unfiltered - p1[:3].mean()) < 0.01 and abs(larger - p1[:3].mean()) < 0.01
+    assert (values(runs["--group-size 16 --groups 6"], "pictures").mean()
+            < values(runs[""][:3], "pictures").mean())
     every = values(runs[""], "heldout_trained")
     assert f"to {every.min():.2f} to {every.max():.2f}.**" in readme
     lowest = [f"{sum(run['categories'][name] for run in runs['']) / 8:.2f}"
