@@ -3197,6 +3197,20 @@ def test_what_the_text_says_of_the_study_is_what_it_measured():
                     for inside in (True, False))
     quoted = re.findall(r"\d\.\d\d±\d\.\d\d", text)
     assert len(quoted) > 5 and all(f"| {x} |" in tables for x in quoted)
+    for said, flags in (
+            ("without it `p1` ends at {}", "--temperature 0"),
+            ("`p2` at {}.", "--transition p2 --temperature 0"),
+            ("{} at random", "--score-steps 6"), ("(all: {})", ""),
+            ("{} the first", "--score-steps 6 --reduction first"),
+            ("{} the last", "--score-steps 6 --reduction last"),
+            ("A quarter ends at {}", "--score-steps 3"),
+            ("instead of 12 at {}", "--steps 6"), ("groups of 4 at {}", ""),
+            ("more updates, `p1` ends at {}", "--filter-quantile 0 --updates 102"),
+            ("Groups of 16 end at {}", "--group-size 16 --groups 6"),
+            ("A third of the learning rate ends at {}", "--lr 5e-4"),
+            ("three times as much at {}", "--lr 4.5e-3")):
+        each = values(runs[flags][:3], "heldout_trained")
+        assert said.format(f"{each.mean():.2f}±{each.std():.2f}") in readme, said
     noiseless = runs["--temperature 0"]
     assert (f"the training captions rise from {values(noiseless, 'base').mean():.2f} to "
             f"{values(noiseless, 'trained').mean():.2f} all the same") in readme
