@@ -17,7 +17,7 @@ draws at all masked positions; the *next state* is what survives the ranking; th
 for the finished picture. Many actions lead to the same next state: the draws at positions 1 and 3
 are discarded. The paper asks: what is the probability of such a step? There are three answers
 (section 4): `ar`, as in autoregressive models, is the probability of the action; `p1` sums over all
-actions with this outcome; `p2` keeps only the factor of the revealed tokens. One update:
+actions with this outcome, given the noise; `p2` keeps only the revealed tokens. One update:
 
   1. sample G pictures for each of P prompts; record when each token was revealed      (section 3)
   2. score each picture with a reward; resample groups whose rewards hardly differ  (sections 5, 7)
@@ -87,15 +87,15 @@ class Config:
     # sampling
     steps: int = 12                 # T in training; fewer than --eval-steps is cheaper
     eval_steps: int = 12            # T in evaluation
-    temperature: float = 2.0        # of the noise on the confidences; 0 means no noise
-    guidance: float = 0.0           # g in evaluation, (1 + g) cond - g uncond; training has none
+    temperature: float = 2.0        # of the ranking's noise, which decays to 0; 0: no noise
+    guidance: float = 0.0           # w in evaluation, (1 + w) cond - w uncond; training has none
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
     updates: int = 54               # rounds of sampling and learning
     groups: int = 24                # P, prompts per update
     group_size: int = 4             # G, pictures per prompt, at least 2
     inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
-    length_normalize: bool = False  # ratio per token, not per step; use with --inner-epochs > 1
+    length_normalize: bool = False  # ratio per token, not per step; ends lower in the shapes world
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
     clip_high: float = 0.2          # the ratio is clipped above 1 + this
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
@@ -203,7 +203,7 @@ class Policy(nn.Module):
         at_once = max(1, 4096 // self.num_tokens)           # 4 pictures of 512 x 512, for memory
         for codes in tokens.view(-1, side, side).split(at_once):                # (b, h, w)
             pixels = self.decoder(codes)                                        # (b, 3, H, W)
-            pixels = (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)     # truncates
+            pixels = (((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)  # truncates, as Show-o
             pictures.append(pixels.permute(0, 2, 3, 1))                         # (b, H, W, 3)
         return torch.cat(pictures)
 
@@ -259,8 +259,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps.
 
     The noise is temperature * Gumbel, and Show-o's temperature compounds: step t multiplies what is
-    left of it by 1 - (t + 1) / T. Guidance g makes the logits (1 + g) cond - g uncond, that is,
-    uncond + (1 + g) (cond - uncond), where uncond has null_ids, the empty prompt. ValueError if the
+    left of it by 1 - (t + 1) / T. Guidance w makes the logits (1 + w) cond - w uncond, that is,
+    uncond + (1 + w) (cond - uncond), where uncond has null_ids, the empty prompt. ValueError if the
     policy's logits are not (B, N, K).
 
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
@@ -303,7 +303,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw        the action       (Eq. 13)
 #        p2           p_i(y_i)      -                                     no event, see *  (Eq. 15)
 #        p1           p_i(y_i)      the chance that j ranks below U       the next state   (Eq. 14)
-#        p1_literal   p_i(y_i)      the same, but without the noise       a step without noise
+#        p1_literal   p_i(y_i)      the same, but without the noise       the same, without noise
 #
 #    * It sums to more than 1 over all next states, as it ignores which positions were chosen.
 #    `ar` also includes the discarded draws: 35 of 36 in the first of 12 steps.
@@ -323,11 +323,11 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     U is revealed_at == t, R is revealed_at > t. noise: what the sampler added to the
     confidences (None: no noise). drawn: its draws, for `ar`. ValueError for another transition.
 
-    Let q_0 = (.7, .2, .1) reveal its code 0, while q_1 = (.6, .3, .1) draws its code 2 and stays
-    masked. Then ar = .7 * .1, p2 = .7, and p1 = .7 * (.6 + .3 + .1), as all of q_1 is below .7.
-    If instead position 1 reveals its code 0, p1 = .6 * (.2 + .1): position 0 cannot have drawn code
-    0. Unless noise of log 1.5 lifts position 1: its .6 ranks as .9, and p1 = .6 * (.7 + .2 + .1),
-    while p1_literal stays at .6 * (.2 + .1) and rules out what may have happened.
+    Let position 0, with q_0 = (.7, .2, .1), reveal code 0, and position 1, with q_1 = (.6, .3, .1),
+    draw code 2 and stay masked: ar = .7 * .1, p2 = .7, p1 = .7 * (.6 + .3 + .1), as all of q_1 is
+    below .7. If position 1 reveals code 0 instead, p1 = .6 * (.2 + .1): position 0 cannot have
+    drawn code 0. But it can if noise of log 1.5 lifts position 1, whose .6 then ranks as .9:
+    p1 = .6 * (.7 + .2 + .1), while p1_literal, still .6 * (.2 + .1), rules out what may have been.
 
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
@@ -343,7 +343,7 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
         confidence = logp.gather(-1, drawn[..., None]).squeeze(-1)              # (B, N)
         return (confidence * (revealed | remasked)).sum(-1)                     # (B,)
 
-    token = tokens.masked_fill(~revealed, 0)                                    # (B, N) no MASK
+    token = tokens.masked_fill(~revealed, 0)            # (B, N) MASK, if any, is not a valid index
     confidence = logp.gather(-1, token[..., None]).squeeze(-1)                  # (B, N)
     p2 = (confidence * revealed).sum(-1)                                        # (B,)
     if transition == "p2":
@@ -396,7 +396,7 @@ class SampleFilter:
     """Finds vanishing groups (section 3.3 of the paper) by their standard deviations.
 
     A group vanishes if the std of its rewards is 0, or below the quantile of the last `window`
-    groups' stds. All groups are kept at quantile 0, and the first `warmup` in any case.
+    groups' stds. All are kept at quantile 0, and until `warmup` stds have been recorded.
     """
 
     def __init__(self, quantile, warmup=32, window=512):
@@ -434,8 +434,8 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r, r = p_ref / p. (M,) -> (M,), >= 0
 
-    It estimates the KL for `p1` and `ar` only; for p2 and p1_literal, not probabilities of what
-    was sampled, it is just a penalty. As a loss, its expected gradient is that of KL(p_ref || p).
+    It estimates the KL for `p1` and `ar` only; p2 and p1_literal are not probabilities of what was
+    sampled, so for them it is a mere penalty. Its expected gradient is that of KL(p_ref || p).
     """
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                      # (M,)
     return log_ratio.exp() - 1 - log_ratio
@@ -550,13 +550,13 @@ def set_lr(optimizer, peak, i, warmup, total):
 def train(config: Config):
     """Base, Mask-GRPO, comparison -> the closing numbers; None if Ctrl-C or SIGTERM ended it"""
     run, trained = set_up(config), None
-    with finish_update_first() as asked_to_stop:
+    with finish_update_first() as asked_to_stop:        # the signals so far: Ctrl-C, SIGTERM
         for update in range(len(run.rows) + 1, config.updates + 1):
             start = time.time()
             lr = set_lr(run.optimizer, config.lr, update - 1, config.warmup, config.updates)
 
             # sample groups of pictures and score them; learn, unless every group vanished
-            with blame(f"update {update}", Stop):
+            with blame(f"update {update}", Stop):           # a Stop in here names the update
                 prompts, trajectory, kept, all_rewards = sample_groups(
                     run.policy, run.reward, run.captions, run.sample_filter, config, run.generator)
                 numbers = {"ratio": 1.0, "clip": 0.0, "kl": 0.0, "grad": 0.0, "loss": 0.0}
@@ -575,7 +575,7 @@ def train(config: Config):
             evaluated = update % config.eval_every == 0 or update == config.updates
             if evaluated:
                 trained = evaluate(run.policy, run.measure, run.splits, config)
-                row["heldout"] = float(trained[0][1].mean())
+                row["heldout"] = float(trained[0][1].mean())        # the scores of split 1
             run.rows.append(row)
             stop = bool(asked_to_stop)          # a signal from here on waits for the next update
             print(log_line(run.rows, config.updates), flush=True)
@@ -599,8 +599,8 @@ def train(config: Config):
 #    tokens are phrases ("left of a star"): a model this small learns late how words combine.
 #    The base is most confident of the background and leaves the objects for its last steps, which
 #    reveal 4 or 5 tokens at once, blind to each other. Mask-GRPO learns to place the objects first.
-#    It must see objects that were revealed early, and the noise, --temperature 2, shows it some:
-#    without it the training captions improve, the held-out ones far less (README).
+#    The noise, --temperature 2, reveals some objects early, which it can learn from: without noise
+#    the training captions improve, the held-out ones far less (README).
 
 
 class PlacedEmbedding(nn.Embedding):

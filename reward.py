@@ -116,7 +116,7 @@ def all_captions():
     for a, b in itertools.permutations(SHAPES, 2):
         yield "two", f"{sorted([a, b])}", f"a {a} and a {b}"
         for word, (rows, columns) in list(RELATIONS.items())[:4]:
-            first, second = (a, b) if rows + columns > 0 else (b, a)
+            first, second = (a, b) if rows + columns > 0 else (b, a)    # both wordings alike
             yield "position", f"{first} {abs(rows)} {second}", f"a {a} {word} a {b}"
         for color, other in itertools.product(COLORS, repeat=2):
             meaning = f"{sorted([color + a, other + b])}"
@@ -158,13 +158,13 @@ def parse(caption):
 
     "two stars" -> [(2, None, "star")], None. ValueError if the shapes world has no such caption.
     """
-    relation, phrases = None, [caption]
+    relation, parts = None, [caption]
     for word, direction in RELATIONS.items():
         if f" {word} " in caption:
-            relation, phrases = direction, caption.split(f" {word} ")
+            relation, parts = direction, caption.split(f" {word} ")
     wanted = []
-    for phrase in phrases:
-        words = phrase.split()
+    for part in parts:
+        words = part.split()
         if len(words) == 2:
             words.insert(1, None)               # no colour asked for
         number, color, shape = words if len(words) == 3 else (None, None, "")
@@ -222,20 +222,20 @@ def draw_pairs(n, rng: random.Random):
 # --------------------------------------------------------------------------------------------------
 # 4. The reward of the shapes world. It looks at pixels only, and knows nothing of tokens.
 
-CELLS = torch.from_numpy(cell_pictures()).short().flatten(1)                    # (13, pixels)
+CELLS = torch.from_numpy(cell_pictures()).short().flatten(1)                    # (13, 768)
 
 
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9).
 
-    Every pixel of a cell must be within the tolerance, which no misplaced tile is.
+    Every pixel must be within the tolerance of that object's picture; a misplaced tile never is.
     """
     side = LATTICE * 2 * TILE
     if any(image.size != (side, side) for image in images):
         raise ValueError(f"the shapes world's reward takes pictures of {side} x {side} pixels")
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
     cells = pixels.short().reshape(-1, LATTICE, 2 * TILE, LATTICE, 2 * TILE, 3).transpose(2, 3)
-    cells = cells.reshape(len(images), LATTICE ** 2, 1, -1)                     # (B, 9, 1, pixels)
+    cells = cells.reshape(len(images), LATTICE ** 2, 1, -1)                     # (B, 9, 1, 768)
     distance, found = (cells - CELLS).abs().amax(-1).min(-1)                    # (B, 9) each
     found[found == len(OBJECTS)] = EMPTY
     return found.masked_fill(distance > tolerance, BROKEN)
@@ -244,7 +244,7 @@ def look(images, tolerance=40):
 def agreement(cells, caption):
     """How well the cells hold what the caption asks for, in [0, 1]; 1 is exactly that and no more.
 
-    The share of correct objects, among those asked for or those drawn, whichever is larger; a half
+    The number of correct objects / that of objects asked for or drawn, whichever is larger; a half
     if all are correct but in the wrong relation. cells (9,) -> float
     """
     wanted, relation = parse(caption)

@@ -39,6 +39,5 @@ if __name__ == "__main__":
             seed, rows = shares(run)
         except FileNotFoundError as error:
             sys.exit(f"{run} holds no run: {error.filename} is missing")
-        for name, row in zip(("base", "trained"), rows):
-            cells = " | ".join(f"{share:.2f}" for share in row)
-            print(f"| seed {seed}, {name} | {cells} |", flush=True)
+        cells = " | ".join(f"{base:.2f} → {trained:.2f}" for base, trained in zip(*rows))
+        print(f"| seed {seed} | {cells} |", flush=True)
