@@ -2980,7 +2980,8 @@ def test_the_readme_names_what_there_is():
     printed = (folder / "assets" / "run.txt").read_text(encoding="utf-8").splitlines()
     shown = readme.split("```text\n")[1].split("\n```")[0].splitlines()
     assert len(shown) == 9 and set(shown) <= {*printed, "..."}
-    assert all((folder / path).exists() for path in re.findall(r"\]\((?!http)(.+?)\)", readme))
+    paths = re.findall(r'\]\((?!http)(.+?)\)|src="(.+?)"', readme)
+    assert len(paths) > 5 and all((folder / "".join(path)).exists() for path in paths)
     named = re.findall(r"`(test_\w+)`", readme)
     assert len(named) > 10 and set(named) <= globals().keys()
 
@@ -3058,7 +3059,7 @@ def test_the_figures_show_a_run(tmp_path, monkeypatch):
     assert all(len(kept[name][part]) == 6 and len(kept[name][part][0]) == 36
                for name in ("base", "trained") for part in ("tokens", "revealed_at"))
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        "step.png", "figure.png", "unmasking.png"}
+        "step.png", "pictures.png", "curves.png", "unmasking.png"}
 
 
 @functools.cache
@@ -3160,8 +3161,8 @@ def test_other_t_in_the_readme_are_those_in_assets():
         assert f" leave {a}, {b}, 3 and 0" in readme
     assert all(M.mask_schedule(T, R.GRID ** 2)[-2] in (4, 5) for T in range(10, 15))
     for seed, (_, *cells) in enumerate(rows):
-        run = runs[seed]
-        assert cells[column - 1] == f"{run['heldout_base']:.2f} → {run['heldout_trained']:.2f}"
+        percent = [100 * runs[seed][f"heldout_{name}"] for name in ("base", "trained")]
+        assert cells[column - 1] == f"{percent[0]:.0f} → {percent[1]:.0f}"
 
 
 def test_over_t_evaluates_the_base_and_the_policy_of_a_run(tmp_path, monkeypatch, capsys):
@@ -3181,7 +3182,7 @@ def test_over_t_evaluates_the_base_and_the_policy_of_a_run(tmp_path, monkeypatch
         policy.load_state_dict(weights)
         scores = [M.evaluate(policy, R.shapes_correct, saved["splits"], tiny(eval_steps=T))[0]
                   for T in script["TIMES"]]                                     # 8 x (2, C, n)
-        found.append([f"{each[1].mean():.2f}" for each in scores])
+        found.append([f"{100 * each[1].mean():.0f}" for each in scores])
     assert title == "seed 0" and cells == [" → ".join(pair) for pair in zip(*found, strict=True)]
     assert found[0] != found[1] and all(len(set(row)) > 1 for row in found)
     monkeypatch.setattr(sys, "argv", ["over_t.py", str(tmp_path / "none")])

@@ -2,7 +2,8 @@
 """Draws the README's figures from what is kept in this folder: `python assets/figures.py`
 
 step.png        one step, from the numbers of the drawing at the top of mask_grpo.py
-figure.png      pictures of pictures.json, and curves of study.tar.xz
+pictures.png    pictures of pictures.json: the base and the trained policy
+curves.png      the training rewards of study.tar.xz
 unmasking.png   the last caption of pictures.json that training mended, step by step
 
 `python assets/figures.py RUN` first writes pictures.json anew: the first held-out caption of each
@@ -85,7 +86,7 @@ def one_step():
                                      for name, value in zip(DRAWN, NOISY_CONFIDENCE)])
     for i, value in enumerate(NOISY_CONFIDENCE):
         write(draw, LEFT + i * COLUMN + COLUMN // 2, 502,
-              "revealed: U" if value >= THRESHOLD else "masked again: R", 22)
+              "revealed: U" if value >= THRESHOLD else "masked again: R", 24)
     draw.line((20, 525, WIDTH - 20, 525), "gray", 2)
     for row, (name, factors) in enumerate(FACTORS):
         y = 567 + 60 * row
@@ -99,7 +100,7 @@ def one_step():
                 write(draw, x, y, "x")
             seen = seen or bool(factor)
     write(draw, 20, HEIGHT - 30, "P(below): the chance that a draw at this position ranks below "
-          "the threshold", 25, anchor="lm")
+          "the threshold", 29, anchor="lm")
     return image
 
 
@@ -154,10 +155,12 @@ def curves():
     return [x.unfold(-1, SMOOTH, 1).mean(-1)[:, 0] for x in padded]
 
 
-def chart(image, left, top, right, bottom, low=0.2):
-    """The mean over seeds and their range, for each of CURVES, into a rectangle of the image."""
-    runs, draw = curves(), ImageDraw.Draw(image)
+def chart(low=0.2):
+    """The mean over seeds and their range, for each of CURVES -> Image"""
+    image = Image.new("RGB", (760, 960), "white")
+    runs, draw, (left, top, right, bottom) = curves(), ImageDraw.Draw(image), (90, 100, 730, 840)
     updates = runs[0].shape[1]
+    write(draw, 20, 40, "mean training reward", 42, anchor="lm")
 
     def points(values):
         return [(left + (right - left) * i / (updates - 1),
@@ -183,12 +186,13 @@ def chart(image, left, top, right, bottom, low=0.2):
         y = bottom - 150 + 54 * i
         draw.line((left + 30, y, left + 90, y), color, 9)
         write(draw, left + 110, y, name, 36, anchor="lm")
+    return image
 
 
 def base_and_trained():
-    """Pictures of the base and the trained policy at the left, curves of three runs at the right"""
+    """The pictures that were kept, of the base and of the trained policy side by side -> Image"""
     kept = json.loads((HERE / "pictures.json").read_text(encoding="utf-8"))
-    image = Image.new("RGB", (1500, 960), "white")
+    image = Image.new("RGB", (760, 960), "white")
     draw = ImageDraw.Draw(image)
     write(draw, 20, 40, f"base | after {kept['updates']} updates", 42, anchor="lm")
     for i, caption in enumerate(kept["captions"]):
@@ -201,8 +205,6 @@ def base_and_trained():
             right = bool(reward.shapes_correct([shown], [caption]))
             write(draw, x + 158 * j, y + 164, "right" if right else "wrong", 30,
                   KEPT if right else DISCARDED, "lm")
-    write(draw, 800, 40, "mean training reward", 42, anchor="lm")
-    chart(image, 870, 100, 1470, 840)
     return image
 
 
@@ -231,7 +233,8 @@ def unmasking(columns=6):
     return image
 
 
-FIGURES = {"step.png": one_step, "figure.png": base_and_trained, "unmasking.png": unmasking}
+FIGURES = {"step.png": one_step, "pictures.png": base_and_trained, "curves.png": chart,
+           "unmasking.png": unmasking}
 NEEDED = {"study.tar.xz": "the loop in README makes it",
           "pictures.json": "name the folder of a run"}
 

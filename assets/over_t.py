@@ -25,19 +25,19 @@ def shares(run):
     policy, found = mask_grpo.shapes_policy(config), []
     for weights in (base, saved["policy"]):
         policy.load_state_dict(weights)
-        found.append([mask_grpo.evaluate(policy, reward.shapes_correct, saved["splits"],
-                                         dataclasses.replace(config, eval_steps=T))[0][1].mean()
-                      for T in TIMES])
+        scores = [mask_grpo.evaluate(policy, reward.shapes_correct, saved["splits"],
+                                     dataclasses.replace(config, eval_steps=T))[0] for T in TIMES]
+        found.append([100 * each[1].mean() for each in scores])     # held-out captions, in percent
     return config.seed, found
 
 
 if __name__ == "__main__":
-    print(f"| held-out, T = | {' | '.join(map(str, TIMES))} |")
+    print(f"| %, at T = | {' | '.join(map(str, TIMES))} |")
     print("|---" * (len(TIMES) + 1) + "|")
     for run in sys.argv[1:]:
         try:
             seed, rows = shares(run)
         except FileNotFoundError as error:
             sys.exit(f"{run} holds no run: {error.filename} is missing")
-        cells = " | ".join(f"{base:.2f} → {trained:.2f}" for base, trained in zip(*rows))
+        cells = " | ".join(f"{base:.0f} → {trained:.0f}" for base, trained in zip(*rows))
         print(f"| seed {seed} | {cells} |", flush=True)
