@@ -2979,7 +2979,7 @@ def test_the_readme_names_what_there_is():
         assert f"`{M.flag(name)} {M.SHOWO[name]}`" in readme
     printed = (folder / "assets" / "run.txt").read_text(encoding="utf-8").splitlines()
     shown = readme.split("```text\n")[1].split("\n```")[0].splitlines()
-    assert len(shown) == 9 and set(shown) <= {*printed, "..."}
+    assert len(shown) == 10 and set(shown) <= {*printed, "..."}
     paths = re.findall(r'\]\((?!http)(.+?)\)|src="(.+?)"', readme)
     assert len(paths) > 5 and all((folder / "".join(path)).exists() for path in paths)
     named = re.findall(r"`(test_\w+)`", readme)
