@@ -95,7 +95,7 @@ class Config:
     groups: int = 24                # P, prompts per update
     group_size: int = 4             # G, pictures per prompt, at least 2
     inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
-    length_normalize: bool = False  # ratio per token, not per step; ends lower in the shapes world
+    length_normalize: bool = False  # ratio per token, not per step; with 2 inner epochs ends lower
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
     clip_high: float = 0.2          # the ratio is clipped above 1 + this
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
@@ -575,7 +575,7 @@ def train(config: Config):
             evaluated = update % config.eval_every == 0 or update == config.updates
             if evaluated:
                 trained = evaluate(run.policy, run.measure, run.splits, config)
-                row["heldout"] = float(trained[0][1].mean())        # the scores of split 1
+                row["heldout"] = float(trained[0][1].mean())        # split 1: held out
             run.rows.append(row)
             stop = bool(asked_to_stop)          # a signal from here on waits for the next update
             print(log_line(run.rows, config.updates), flush=True)

@@ -116,7 +116,7 @@ def all_captions():
     for a, b in itertools.permutations(SHAPES, 2):
         yield "two", f"{sorted([a, b])}", f"a {a} and a {b}"
         for word, (rows, columns) in list(RELATIONS.items())[:4]:
-            first, second = (a, b) if rows + columns > 0 else (b, a)    # both wordings alike
+            first, second = (a, b) if rows + columns > 0 else (b, a)    # from the left or the top
             yield "position", f"{first} {abs(rows)} {second}", f"a {a} {word} a {b}"
         for color, other in itertools.product(COLORS, repeat=2):
             meaning = f"{sorted([color + a, other + b])}"
@@ -228,7 +228,7 @@ CELLS = torch.from_numpy(cell_pictures()).short().flatten(1)                    
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9).
 
-    Every pixel must be within the tolerance of that object's picture; a misplaced tile never is.
+    Every pixel must be within the tolerance of the same one of CELLS; a misplaced tile never is.
     """
     side = LATTICE * 2 * TILE
     if any(image.size != (side, side) for image in images):
