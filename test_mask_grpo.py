@@ -3241,7 +3241,6 @@ def test_what_the_text_says_of_the_study_is_what_it_measured():
             ("Groups of 16 end at {}", "--group-size 16 --groups 6"),
             ("A third of the learning rate ends at {}", "--lr 5e-4"),
             ("three times as much at {}", "--lr 4.5e-3"),
-            ("Twice the updates add little ({})", "--updates 108"),
             ("no difference that is seen here ({})", "--beta 0.01"),
             ("at 0.1 each seed ends lower ({})", "--beta 0.1"),
             ("do not end higher ({})", "--inner-epochs 2"),
@@ -3251,7 +3250,7 @@ def test_what_the_text_says_of_the_study_is_what_it_measured():
         assert said.format(f"{each.mean():.2f}±{each.std():.2f}") in readme, said
     for flags in ("--beta 0.1", "--inner-epochs 2 --length-normalize"):
         assert (values(runs[flags], "heldout_trained") < p1[:3]).all()
-    for flags in ("--beta 0.01", "--inner-epochs 2", "--updates 108"):
+    for flags in ("--beta 0.01", "--inner-epochs 2"):
         assert abs(values(runs[flags], "heldout_trained").mean() - p1[:3].mean()) < 0.02
     noiseless = runs["--temperature 0"]
     assert (f"the training captions rise from {values(noiseless, 'base').mean():.2f} to "
@@ -3266,6 +3265,12 @@ def test_what_the_text_says_of_the_study_is_what_it_measured():
             < values(runs[""][:3], "pictures").mean())
     every = values(runs[""], "heldout_trained")
     assert f"to {every.min():.2f} to {every.max():.2f}.**" in readme
+    twice = values(runs["--updates 108"], "heldout_trained")
+    more = twice - every
+    assert (f"on seeds 2 to 7, by {more[2:].min():.2f} to {more[2:].max():.2f}, equal on seed 0 "
+            f"and {-more[1]:.2f} lower on seed 1; the mean of all eight rises from "
+            f"{every.mean():.2f} to {twice.mean():.2f}.") in readme
+    assert more[0] == 0 < more[2:].min()
     means = {name: sum(run["categories"][name] for run in runs[""]) / 8 for name in R.CATEGORIES}
     assert (f"end at {means['position']:.2f} and {means['attribution']:.2f} on average over the "
             f"eight seeds, `counting` at {means['counting']:.2f}, all others above") in readme
