@@ -95,7 +95,7 @@ class Config:
     groups: int = 24                # P, prompts per update
     group_size: int = 4             # G, pictures per prompt, at least 2
     inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
-    length_normalize: bool = False  # ratio per token, not per step; with 2 inner epochs ends lower
+    length_normalize: bool = False  # ratio per token, not per step; no gain in the shapes world
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
     clip_high: float = 0.2          # the ratio is clipped above 1 + this
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it

@@ -448,7 +448,7 @@ def test_gumbel_noise_is_finite_at_both_ends(monkeypatch):
 
 
 def test_guidance_is_one_plus_w_conditional_minus_w_unconditional():
-    """At g = 1.5: a policy of these logits samples the same pictures without it."""
+    """At w = 1.5: a policy of these logits samples the same pictures without it."""
     conditional, empty = TablePolicy(seed=1), TablePolicy(seed=2)
 
     class Both(TablePolicy):
@@ -3141,7 +3141,6 @@ def test_the_loop_in_the_readme_runs_the_rows_of_its_seed():
     for seed in range(8):
         printed = subprocess.run(["sh", "-c", f"seed={seed}; {rows}"], cwd=folder, check=True,
                                  capture_output=True, text=True).stdout.splitlines()
-        # sorted here, too: the order of `sort` is the locale's
         assert sorted(line.strip() for line in printed) == sorted(
             flags for flags, runs in study_runs(folder).items()
             if flags and seed in [run["seed"] for run in runs])
@@ -3164,6 +3163,9 @@ def test_other_t_in_the_readme_are_those_in_assets():
     for seed, (_, *cells) in enumerate(rows):
         percent = [100 * runs[seed][f"heldout_{name}"] for name in ("base", "trained")]
         assert cells[column - 1] == f"{percent[0]:.0f} → {percent[1]:.0f}"
+        trained = [int(cell.split(" → ")[1]) for cell in cells[column - 1:]]    # T = 12, 13, ...
+        assert min(trained[1:3]) >= trained[0] - 1 and min(trained[3:]) > trained[0]
+    assert "lose at most one percentage point at 13 and 14, and gain from 15 on." in readme
 
 
 def test_over_t_evaluates_the_base_and_the_policy_of_a_run(tmp_path, monkeypatch, capsys):
