@@ -109,9 +109,9 @@ def keep_pictures(run):
     saved = torch.load(pathlib.Path(run, "checkpoint.pt"), "cpu")
     config = mask_grpo.Config(**saved["config"])
     policy = mask_grpo.shapes_policy(config)
-    captions = [group[0] for group in saved["splits"][1].values()]
+    captions = [group[0] for group in saved["captions"][1].values()]
     kept = {"captions": captions, "seed": config.seed, "updates": len(saved["rows"])}
-    base = torch.load(pathlib.Path(run, "base.pt"), "cpu")["policy"]
+    base = torch.load(next(pathlib.Path(run).glob("base-*.pt")), "cpu")
     for name, weights in (("base", base), ("trained", saved["policy"])):
         policy.load_state_dict(weights)
         generator = torch.Generator().manual_seed(config.seed + 1)
@@ -123,7 +123,7 @@ def keep_pictures(run):
 
 def pixels(codes, masked=None):
     """Codes (36,) -> Image of 48 x 48 pixels; masked: the positions that are gray"""
-    tiles = reward.tiles()[torch.tensor(codes)]                                 # (36, p, p, 3)
+    tiles = reward.TILES[torch.tensor(codes)]                                   # (36, p, p, 3)
     if masked is not None:
         tiles[masked] = 205
         tiles[masked, 0] = tiles[masked, :, 0] = 180                            # lines between them
@@ -240,10 +240,9 @@ NEEDED = {"study.tar.xz": "the loop in README makes it",
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        try:
-            keep_pictures(sys.argv[1])
-        except FileNotFoundError as error:
-            sys.exit(f"{sys.argv[1]} holds no run: {error.filename} is missing")
+        if not pathlib.Path(sys.argv[1], "checkpoint.pt").exists():
+            sys.exit(f"{sys.argv[1]} holds no run: checkpoint.pt is missing")
+        keep_pictures(sys.argv[1])
     for name, mend in NEEDED.items():
         if not (HERE / name).exists():
             sys.exit(f"{HERE / name} is missing; {mend}")

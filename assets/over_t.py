@@ -21,12 +21,13 @@ def shares(run):
     """A run's folder -> its seed, and two lists: base and trained policy at each of TIMES"""
     saved = torch.load(pathlib.Path(run, "checkpoint.pt"), "cpu")
     config = mask_grpo.Config(**saved["config"])
-    base = torch.load(pathlib.Path(run, "base.pt"), "cpu")["policy"]
+    base = torch.load(next(pathlib.Path(run).glob("base-*.pt")), "cpu")
     policy, found = mask_grpo.shapes_policy(config), []
     for weights in (base, saved["policy"]):
         policy.load_state_dict(weights)
-        scores = [mask_grpo.evaluate(policy, reward.shapes_correct, saved["splits"],
-                                     dataclasses.replace(config, eval_steps=T))[0] for T in TIMES]
+        scores = [mask_grpo.evaluate(policy, reward.shapes_correct, saved["captions"],
+                                     dataclasses.replace(config, eval_steps=T), "")["scores"]
+                  for T in TIMES]                                   # (2, C, n) each
         found.append([100 * each[1].mean() for each in scores])     # held-out captions, in percent
     return config.seed, found
 
@@ -35,9 +36,8 @@ if __name__ == "__main__":
     print(f"| %, at T = | {' | '.join(map(str, TIMES))} |")
     print("|---" * (len(TIMES) + 1) + "|")
     for run in sys.argv[1:]:
-        try:
-            seed, rows = shares(run)
-        except FileNotFoundError as error:
-            sys.exit(f"{run} holds no run: {error.filename} is missing")
+        if not pathlib.Path(run, "checkpoint.pt").exists():
+            sys.exit(f"{run} holds no run: checkpoint.pt is missing")
+        seed, rows = shares(run)
         cells = " | ".join(f"{base:.0f} → {trained:.0f}" for base, trained in zip(*rows))
         print(f"| seed {seed} | {cells} |", flush=True)

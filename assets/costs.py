@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Counts what Show-o 512 x 512 costs: `python assets/costs.py` prints the table in the README.
+
+The FLOPs are products of matrices, two per multiply-add, counted by torch on tensors without
+storage for a caption of 16 tokens. Only one and two layers are counted: all 24 are alike.
+"""
+import contextlib
+import pathlib
+import sys
+from unittest import mock
+
+import open_clip
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PhiConfig
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import mask_grpo as M  # noqa: E402
+
+PEAKS = {"RTX 4090": 165, "A100": 312, "H100": 989}         # bf16, TFLOP/s
+SHARE = 0.4                                                 # of the peak
+ROWS = (("the paper's setting", 50, 50), ("`--score-steps 10`", 50, 10), ("`--steps 20`", 20, 20))
+
+def count(function):
+    """The FLOPs of a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+def show_o(layers, checkpointing=False):
+    """FLOPs of a forward pass, of a forward and a backward pass, and of the decoder, for one picture"""
+    with torch.device("meta"):
+        phi = PhiConfig(vocab_size=58498, qk_layernorm=True, num_hidden_layers=layers)
+        policy = M.Policy(phi, None, 0, M.MagvitDecoder(), 1024, 8192)
+        ids, tokens = torch.zeros(1, 16 + 3).long(), torch.zeros(1, 1024).long()
+    if checkpointing:
+        policy.showo.activation_checkpointing_enable()
+    return (count(lambda: policy(ids, tokens)), count(lambda: policy(ids, tokens).sum().backward()),
+            count(lambda: policy.decode(tokens)))
+
+def clip():
+    """FLOPs of the reward of one picture"""
+    with torch.device("meta"):
+        net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+        pixels, words = torch.zeros(1, 3, 224, 224), torch.zeros(1, 77).long()
+    return count(lambda: (net.encode_image(pixels), net.encode_text(words)))
+
+def main():
+    """Print the table."""
+    one, two = (show_o(layers, checkpointing=True) for layers in (1, 2))
+    forward, learned = (a + 23 * (b - a) for a, b in zip(one[:2], two[:2]))
+    finished = one[2] + clip()                              # a picture decoded and rewarded
+    evaluation = 2 * 64 * (2 * 50 * forward + finished)     # both splits, with guidance
+    print(f"| | sampling | learning | update | evaluation | {' | '.join(PEAKS)} |")
+    print("|---" * (5 + len(PEAKS)) + "|")
+    for name, steps, used in ROWS:
+        sampling, learning = 96 * steps * forward, 96 * used * learned
+        update = sampling + learning + 96 * finished
+        cells = [f"{flops / 1e15:.1f}" for flops in (sampling, learning, update, evaluation)]
+        for peak in PEAKS.values():
+            rate = SHARE * peak * 1e12
+            hours = (625 * update + 64 * evaluation) / rate / 3600      # every 10 updates, and the base
+            cells.append(f"{update / rate:.0f} s, {hours:.0f} h")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+if __name__ == "__main__":
+    with mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()):   # knows no meta
+        main()
