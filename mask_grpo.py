@@ -1,40 +1,42 @@
 # SPDX-License-Identifier: MIT
 """Mask-GRPO: reinforcement learning for image models that generate by unmasking, in one file.
 
-The method is that of "Reinforcement Learning Meets Masked Generative Models" (Luo et al., 2025,
-arXiv 2510.13418v2; `Eq. n` is its numbering). A masked generative model paints a picture of N
-tokens, all MASK at first, in T steps. Each step draws a token at every masked position, keeps the
-few draws that it is most confident about, and masks the other positions again. Confidence is the
-log-probability that the model gave to the token it drew. One step that keeps two of four draws:
+GRPO is group relative policy optimisation. "Reinforcement Learning Meets Masked Generative Models"
+(Luo et al., 2025, arXiv 2510.13418v2; `Eq. n` cites its equations) applies it to models that paint
+as follows. A picture is a grid of N tokens, the codes of small patches. At first all are MASK. Each
+of T steps draws a token at every masked position, keeps the few draws with the highest confidence,
+and masks the rest of them again. The confidence of a draw is its log-probability under the model,
+and the sampler adds noise to it. One step that keeps two of four draws:
 
     position                    0       1       2       3
     drawn token y_i ~ p_i      sky     cat     sky     dog
     log p_i(y_i)               -0.5    -1.8    -1.2    -1.1
-    noise_i                    +0.2    -0.3    +0.3    -0.5      dice that the sampler rolls
+    noise_i                    +0.2    -0.3    +0.3    -0.5      random; it varies the order
     noisy confidence           -0.3    -2.1    -0.9    -1.6      the sum; the two highest are kept
     next state                 sky     MASK    sky     MASK      positions 0 and 2 are revealed
 
-As a decision process: the *state* is the prompt and the partly masked picture. The *action* is the
-draws at all masked positions. The *next state* is what survives the ranking. The *reward* comes
-once, for the finished picture. Many actions lead to the same next state, because the draws at
-positions 1 and 3 are discarded. So what is the probability of this step? There are three answers
-(section 2): `ar`, as in autoregressive models, is the probability of the action. `p1` adds up the
-actions that have this outcome. `p2` looks at the revealed tokens only. One update of Mask-GRPO:
+As a decision process, the *state* is the prompt and the partly masked picture. The *action* is the
+set of draws at all masked positions. The *next state* keeps those that rank highest. There is one
+*reward*, for the finished picture. Many actions lead to the same next state, because the draws at
+positions 1 and 3 are discarded. Learning needs the probability of such a step. There are three
+answers (section 2): `ar`, as in autoregressive models, is the probability of the action; `p1` sums
+over all actions with this outcome; `p2` uses the revealed tokens only. One update:
 
-  1. Sample G pictures for each of P prompts, and record when each token was revealed. (section 1)
-  2. Reward each picture, and resample groups whose rewards hardly differ.       (sections 3 and 5)
-  3. Compare each picture with its group. That is its advantage A, Eq. 12.              (section 3)
-  4. ratio = p(step) under the current weights / under the weights that sampled, Eq. 11. (section 2)
-  5. Maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, Eq. 10.    (section 4)
+  1. Sample G pictures for each of P prompts. Record each step. (section 1)
+  2. Reward each picture. Replace groups whose rewards hardly differ: the filter. (sections 3 and 5)
+  3. Compare each picture with its group: its advantage is A, Eq. 12. (section 3)
+  4. Compute ratio = p(step) under the current weights / under the old ones, Eq. 11. (section 2)
+  5. Maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus an optional KL
+     to the base, the model before this training, Eq. 10. (section 4)
 
-Without the clip, the filter, the division by the std and the optional KL, this is REINFORCE with a
-baseline. The code deviates from the paper in four ways: `p1` is Eq. 14 under the sampler's noise
-(`p1_literal` is Eq. 14 as printed); a group is resampled twice at most; the norm of the gradient is
-clipped; and the loss can use a random subset of the steps, which is an unbiased estimate.
+Without the clip, the filter, the division by the std and the KL, this is REINFORCE with the group's
+mean as its baseline. The method deviates from the paper's in four ways. `p1` is Eq. 14 with the
+sampler's noise (`p1_literal` is Eq. 14 as printed). There are at most two rounds of replacement.
+The norm of the gradient is clipped. The loss can use random steps of each picture, without bias.
 
 Dims: B = P * G pictures of P prompts (captions), N image tokens, K codes, T steps, L length of the
-sequence, D hidden size, M pairs of a picture and a step, m of them in a micro-batch. The code
-counts steps from 0. `python mask_grpo.py -h` explains every setting.
+sequence (L_text of it are text), D hidden size, M pairs of a picture and a step, m of them in a
+micro-batch. The code counts steps from 0. `python mask_grpo.py -h` explains every setting.
 """
 import argparse
 import contextlib
@@ -71,22 +73,22 @@ import reward
 bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent without a terminal
 
 # --------------------------------------------------------------------------------------------------
-# 1. The sampler and its record. All that sections 1 and 2 need to know of the policy is
+# 1. The sampler and its record. Sections 1 and 2 use the policy only as the function
 #
-#        policy(prompt_ids, tokens) -> logits (B, N, K)
+#        policy(prompt_ids (B, L_text), tokens (B, N)) -> logits (B, N, K)
 #
-#    with N = policy.num_tokens and K = policy.codebook_size. A token is a code 0 to K - 1, or K,
-#    which is MASK. The sampler and the learner call the same function, so a row of the logits must
-#    not depend on the other rows, on the padding of the prompts, or on chance (dropout).
-#    Confidence sampling is a heuristic, not the model's joint distribution, so what is trained is
-#    the model *and* its sampler. The policy itself comes in section 8.
-#    Sections 1 to 4 need torch, F, math, itertools, typing and deque.
+#    with N = policy.num_tokens and K = policy.codebook_size. A token is a code, 0 to K - 1, or K,
+#    MASK. The sampler and the learner call it with different batches, so the logits of a picture
+#    must not depend on the other pictures, on padding, or on chance (dropout).
+#    Confidence sampling is a heuristic, not the model's joint distribution. So what is trained is
+#    the model *as this sampler uses it*. The policy itself comes in section 8.
+#    Sections 1 to 4 can be copied. They need torch, F, math, itertools, typing and deque.
 
 def mask_schedule(T: int, N: int) -> list[int]:
-    """Tokens still masked after each of T steps: floor(N cos(pi/2 (t + 1) / T)), and 0 at the end
+    """Tokens still masked after each of T steps: floor(N cos(pi (t + 1) / (2 T))), 0 at the end
 
-    mask_schedule(4, 16) = [14, 11, 6, 0]. Every step reveals at least one token, so T > N is
-    refused. Float32, as in Show-o: cos(pi/3) rounds below 0.5, which changes the floor.
+    mask_schedule(4, 16) = [14, 11, 6, 0]. Each step reveals a token or more, so T > N is refused.
+    Float32, as in Show-o (section 8): cos(pi/3) rounds below 0.5, which can change the floor.
     """
     assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, because each reveals one of {N} tokens"
     masked, schedule = N, []
@@ -98,10 +100,10 @@ def mask_schedule(T: int, N: int) -> list[int]:
     return schedule
 
 class Trajectory(typing.NamedTuple):
-    """How B pictures were sampled in T steps: all that the learner needs to know
+    """How B pictures were sampled in T steps: all that the learner needs besides the prompts
 
-    A revealed token never changes again. So two tensors reproduce every intermediate state: before
-    step t the picture is where(revealed_at < t, tokens, MASK).
+    A revealed token never changes again, so two tensors reproduce every intermediate state. Before
+    step t, the picture is where(revealed_at < t, tokens, MASK).
     """
     tokens: torch.Tensor            # (B, N) long     the finished pictures
     revealed_at: torch.Tensor       # (B, N) long     the step that revealed each token, 0 .. T-1
@@ -110,18 +112,18 @@ class Trajectory(typing.NamedTuple):
 
 def gumbel(shape, generator, device):
     """Standard Gumbel noise: -log E, where E is exponential with mean 1"""
-    noise = torch.empty(shape, device=device).exponential_(generator=generator)     # shape
-    return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf, and inf - inf is NaN
+    noise = torch.empty(shape, device=device).exponential_(generator=generator)
+    return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf, and 0 * inf is NaN
 
 @torch.no_grad()
 def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=None,
             generator=None) -> Trajectory:
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps
 
-    Codes are always drawn at temperature 1. `temperature` scales the noise of the ranking, so that
-    pictures differ in their order, too. As in Show-o it compounds: step t multiplies what is left
-    by 1 - (t + 1) / T. For T = 12 and temperature 2: 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
-    Guidance w makes the logits (1 + w) cond - w uncond; uncond has null_ids, the empty prompt.
+    Codes are always drawn at temperature 1. `temperature` scales the noise of the ranking, which
+    varies the order of revealing. As in Show-o, the factors 1 - (t + 1) / T of all steps so far
+    multiply: for T = 12 and temperature 2 it is 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
+    With guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the empty prompt.
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
     B, N, K = len(prompt_ids), policy.num_tokens, policy.codebook_size
@@ -137,11 +139,11 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
             logits = (1 + guidance) * logits - guidance * uncond
         logp = F.log_softmax(logits, dim=-1)                                # (B, N, K)
 
-        # draw a code everywhere by the Gumbel-max trick: an exact sample of p
+        # draw a code everywhere: the largest of log p + Gumbel noise is an exact sample of p
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
 
-        # add the noise of the ranking, which is Gumbel noise again, but for another purpose
+        # add the noise of the ranking, Gumbel noise too, but here it varies the order
         temperature_left *= 1 - (t + 1) / steps
         noise = temperature_left * gumbel((B, N), generator, logp.device)   # (B, N)
         noisy_confidence = token_logp + noise                               # (B, N)
@@ -157,75 +159,74 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 
 # --------------------------------------------------------------------------------------------------
 # 2. The probability of a step. Step t reveals the positions U and masks the positions R again,
-#    although a code was drawn there, too. The noise is recorded, and it is held fixed when the
-#    probability is computed: it counts as part of the environment.
+#    although a code was drawn there, too. The noise does not depend on the weights, so it counts as
+#    part of the environment. It is recorded, and held fixed when the probability is computed.
 #
-#        transition   factor of U   factor of R                            the probability of
+#        formula      factor for U  factor for R                           the probability of
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw         the action      (Eq. 13)
-#        p1           p_i(y_i)      the chance that a draw ranks below U   the next state  (Eq. 14)
+#        p1           p_i(y_i)      the chance to rank below all of U      the next state  (Eq. 14)
 #        p1_literal   p_i(y_i)      the same chance without the noise      (Eq. 14 as printed)
 #        p2           p_i(y_i)      1                                      the codes at U  (Eq. 15)
 #
-#    All of it in one example: two positions, two codes a and b, p_0 = (.7, .3), p_1 = (.6, .4), and
-#    one position is kept. The noise of the last column is log 1.5 on position 1.
+#    As an example, take two positions, two codes a and b, p_0 = (.7, .3) and p_1 = (.6, .4), where
+#    p_1 is the distribution at position 1. One position is kept. In the last column the noise is
+#    log 1.5 at position 1, whose probabilities then count 1.5 times in the ranking.
 #
-#        draws    probability   no noise keeps        with noise keeps
+#        draws    probability   kept, no noise        kept, with noise
 #        (a, a)   .7 * .6       0: a   (.7 > .6)      1: a   (.7 < .9)
 #        (a, b)   .7 * .4       0: a   (.7 > .4)      0: a   (.7 > .6)
 #        (b, a)   .3 * .6       1: a   (.3 < .6)      1: a   (.3 < .9)
 #        (b, b)   .3 * .4       1: b   (.3 < .4)      1: b   (.3 < .6)
 #
-#        next state   p1, no noise     p1, that noise   p1_literal   p2
+#        next state   p1, no noise     p1, with noise   p1_literal   p2
 #        [a, MASK]    .70              .7 * .4 = .28    .70          .7
 #        [MASK, a]    .6 * .3 = .18    .60              .18          .6
 #        [MASK, b]    .4 * .3 = .12    .12              .12          .4
 #        [b, MASK]    0                0                0            .3
 #        sum          1.00             1.00             1.00         2.0
 #
-#    p1 adds up the draws that have the same outcome. The printed formula fits a sampler without
-#    noise: here it calls [a, MASK] the most probable state, although the noise made it rare. p2 is
-#    no distribution over next states, but the probability of drawing these codes at U.
+#    p1 adds up all draws with the same outcome. The printed formula is right for a sampler without
+#    noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a distribution
+#    over next states. It is the probability of drawing these codes at U.
 #
-#    `ar` and p1 pull the same way on average (Rao-Blackwell). Without noise, given the next state
-#    [a, MASK], the gradient of log ar with respect to the logits of position 1 is (.4, -.4) with
-#    probability .6 (when a was drawn there) and (-.6, .6) with probability .4. The mean is 0, the
-#    gradient of log p1. So `ar` reinforces codes that nobody saw: on average they cancel, in a
-#    sample they are noise. This holds for the weights that sampled, that is, at ratio 1.
+#    `ar` and p1 have the same mean gradient (Rao-Blackwell). Without noise, given [a, MASK], any draw
+#    at position 1 loses, so log p1 has gradient 0 on its logits. That of log ar is (.4, -.4) with
+#    probability .6, when a was drawn there, and (-.6, .6) with probability .4. So `ar` reinforces
+#    codes that nobody saw. These gradients cancel on average, at ratio 1, but add variance.
 #
 #    The ranking is a comparison and has no gradient. Yet training can change the order of the
 #    positions, because confidence *is* log p: tokens of good pictures become more probable, so they
 #    rank higher, and p1's factor for R lowers the codes that would have overtaken U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # instead of log 0: too small to count in a float32 sum, and still finite
+FLOOR = -60.0       # instead of log 0, when no code would lose: finite, and too small to count
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
 
-    U is revealed_at == t, and R is revealed_at > t. noise: what the sampler added to the
-    confidences; None is no noise. drawn: its draws, for `ar`.
+    U is revealed_at == t, R is revealed_at > t. noise: what the sampler added to the confidences of
+    this step; None is no noise. drawn: its draws, for `ar`.
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
     assert transition in TRANSITIONS, f"{transition!r}: must be one of {TRANSITIONS}"
-    t = t[:, None] if torch.is_tensor(t) else t                             # (B, 1)
+    t = t[:, None] if torch.is_tensor(t) else t                             # (B, 1) or int
     revealed = revealed_at == t                                             # (B, N) bool: U
     remasked = revealed_at > t                                              # (B, N) bool: R
     dtype = torch.promote_types(logits.dtype, torch.float32)                # at least float32
     logp = F.log_softmax(logits, dim=-1, dtype=dtype)                       # (B, N, K)
 
-    # masked_fill and not a product: a model may give some codes a logit of -inf, and 0 * inf is NaN
+    # masked_fill, not mask * logp: a model may give codes a logit of -inf, and 0 * inf is NaN
     if transition == "ar":
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
         return token_logp.masked_fill(revealed_at < t, 0).sum(-1)           # (B,)
 
-    token = tokens.masked_fill(~revealed, 0)            # (B, N) MASK is not a valid index
+    token = tokens.masked_fill(~revealed, 0)            # (B, N) if there is MASK, it is no index
     token_logp = logp.gather(-1, token[..., None]).squeeze(-1)              # (B, N)
     logp_revealed = token_logp.masked_fill(~revealed, 0).sum(-1)            # (B,)
     if transition == "p2":
         return logp_revealed
-
     # The sampler compared noisy confidences, so both sides of this comparison carry the noise. The
-    # threshold is the lowest of those that were kept, under whatever weights made the logits.
+    # threshold, the lowest one that was kept, is computed anew under the weights that are scored.
     if noise is None or transition == "p1_literal":
         noise = torch.zeros_like(token_logp)                                # (B, N)
     threshold = (token_logp + noise).masked_fill(~revealed, math.inf).amin(-1)      # (B,)
@@ -245,9 +246,9 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
 
 # --------------------------------------------------------------------------------------------------
 # 3. The advantage: how much better a picture is than the others of its group. Subtracting a number
-#    that does not depend on the picture leaves the expected gradient as it is. The group's mean is
-#    such a number, nearly, and it estimates how hard the caption is, so no value network is needed.
-#    All T steps of a picture get the same advantage, because nobody knows which of them to blame.
+#    that does not depend on the picture leaves the expected gradient as it is, because grad log p
+#    has mean 0. The group's mean nearly is such a number. It estimates how hard the caption is, so
+#    no value network is needed. All T steps share one advantage: nobody knows which is to blame.
 
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
@@ -260,34 +261,35 @@ def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     return centred / (rewards.std(1, keepdim=True) + eps) if divide_by_std else centred
 
 class SampleFilter:
-    """Finds vanishing groups (section 3.3 of the paper) by the standard deviation of their rewards
+    """Finds groups without a usable signal, vanishing groups (section 3.3 of the paper)
 
-    A group vanishes if its std is 0, or below the quantile of the last `window` groups' stds. All
-    groups are kept at quantile 0, and until `warmup` stds have been recorded.
+    A group vanishes if the std of its rewards is 0, or below this quantile of the last `window`
+    stds. None does at quantile 0, nor before `at_least` stds have been recorded.
     """
 
-    def __init__(self, quantile, warmup=32, window=512):
-        self.quantile, self.warmup, self.history = quantile, warmup, deque(maxlen=window)
+    def __init__(self, quantile, at_least=32, window=512):
+        self.quantile, self.at_least, self.history = quantile, at_least, deque(maxlen=window)
 
     def keep(self, std):
-        """Which groups to learn from; their stds are recorded: std (P,) -> (P,) bool"""
+        """Which groups to learn from; all stds are recorded: std (P,) -> (P,) bool"""
         keep = torch.ones_like(std, dtype=torch.bool)                       # (P,)
-        if self.quantile > 0 and len(self.history) >= self.warmup:
+        if self.quantile > 0 and len(self.history) >= self.at_least:
             keep = (std >= torch.tensor(self.history).quantile(self.quantile)) & (std > 0)
         self.history.extend(std.tolist())
         return keep
 
 # --------------------------------------------------------------------------------------------------
-# 4. The loss. There is one ratio and one clip per step, as in PPO. At ratio 1 the loss is minus the
-#    mean advantage, which is 0 by construction. But its gradient is -A grad log p, and that is all
-#    the learning there is. So watch the reward, not the loss.
+# 4. The loss. There is one ratio and one clip per step, as in PPO. With one inner epoch the ratio
+#    is always 1, and the loss is minus the mean advantage, 0 by construction. But logp_old is a
+#    constant, so the gradient is -A grad log p, and that is all the learning there is. Watch the
+#    reward.
 
-# Two factors at FLOOR in one step would give exp(120), which is inf in float32. Beyond this limit
-# the gradient is 0, also for a picture that should be pushed down.
+# Two factors at FLOOR in logp_old would give exp(120), inf in float32. Beyond this limit the
+# gradient is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
 
 def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), Eq. 10 and 11, whose mean is the loss
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), Eq. 10 and 11, for each pair; to be averaged
 
     Clipping stops only what would push a ratio further out: up for A > 0, down for A < 0.
     all (M,) -> loss (M,), dict of the ratio (M,) and of whether the clip stopped a gradient (M,)
@@ -302,25 +304,25 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r with r = p_ref / p. It is never < 0
 
-    It estimates a KL for `p1` and `ar` only. p2 and p1_literal are not probabilities of what was
-    sampled, so for them it is a mere penalty. Its expected gradient is that of KL(p_ref || p).
+    For p2 and p1_literal, no probabilities of what was sampled, it is a mere penalty. Its expected
+    gradient, with the samples held fixed, is that of the reverse, KL(p_ref || p).
     logp, logp_ref (M,) -> (M,)
     """
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                  # (M,)
     return log_ratio.exp() - 1 - log_ratio
 
 # --------------------------------------------------------------------------------------------------
-# 5. One update. It costs P * G pictures of T forward passes each, and then a forward and a backward
-#    pass for each of the P * G * T steps: 4,800 of each with the paper's settings.
-#    Training uses no guidance, because the policy that samples would not be the one whose gradient
-#    is taken (flow_grpo issue 224 reports a collapse). So its reward is lower than evaluation's.
+# 5. One update. It samples P * G pictures or more, T forward passes each. Then it takes a forward
+#    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
+#    Training uses no guidance, because a guided policy would sample while the gradient of the plain
+#    one is taken (flow_grpo's issue 224 reports a collapse). So its reward is below evaluation's.
 
 class Groups(typing.NamedTuple):
     """What an update learns from. Prompts and pictures are ordered group by group."""
     prompts: list[str]              # B
     trajectory: Trajectory          # of B pictures
     rewards: torch.Tensor           # (P, G)   of the groups that were kept
-    sampled: torch.Tensor           # (P', G)  of all groups that were sampled
+    sampled: torch.Tensor           # (P', G)  rewards of all P' groups that were sampled
 
 def sample(policy, prompts, config, steps, generator, guidance=0.0) -> Trajectory:
     """A rollout of B prompts, `rollout_batch` pictures at a time"""
@@ -348,15 +350,15 @@ def sample_groups(policy, reward_fn, captions, sample_filter, config, generator)
         missing -= int(keep.sum())
         if missing == 0:
             break
-    prompts, trajectories, *rewards = zip(*rounds)
+    prompts, trajectories, *both = zip(*rounds)         # both kinds of rewards
     return Groups([*itertools.chain(*prompts)], Trajectory(*map(torch.cat, zip(*trajectories))),
-                  *map(torch.cat, rewards))
+                  *map(torch.cat, both))
 
 def choose_steps(B, T, config, generator):
     """The steps that the loss uses -> (M, 2) long, pairs of a picture and a step
 
     k random steps of each picture, new in every update, estimate Eq. 10's mean over all T without
-    bias. The first or last k (the paper's computational reduction) optimise another objective.
+    bias. The first or last k (the paper's computational reduction) optimise those steps only.
     """
     k, device = config.score_steps or T, generator.device
     steps = torch.arange(T, device=device).expand(B, T)                     # (B, T)
@@ -367,11 +369,11 @@ def choose_steps(B, T, config, generator):
     return torch.stack([pictures, steps.sort(1).values], dim=-1).flatten(0, 1)      # (B * k, 2)
 
 def learn(policy, reference, optimizer, groups, advantage, config, generator):
-    """The inner epochs, an optimizer step each, on pictures with advantage (B,) -> dict of means"""
+    """An optimizer step per inner epoch; advantage (B,) -> means of the last epoch for the log"""
     trajectory, prompt_ids = groups.trajectory, policy.encode(groups.prompts)
     B, T, _ = trajectory.noise.shape
     pairs = choose_steps(B, T, config, generator)                           # (M, 2) b and t
-    # the mean of Eq. 10 is over all P groups; groups still missing contribute nothing to it
+    # the mean of Eq. 10 is over all P groups; those still missing count as 0
     weight = 1 / (config.groups * config.group_size * (config.score_steps or T))
     logp_old = []
     for epoch in range(config.inner_epochs):
@@ -392,7 +394,7 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
             (loss.sum() * weight).backward()
             parts.append({name: x.detach() for name, x in {"loss": loss, **numbers}.items()})
         log = {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
-        log["loss"] *= len(pairs) * weight
+        log["loss"] *= len(pairs) * weight         # of all P groups, as above
         log["grad"] = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if not math.isfinite(log["loss"] + log["grad"]):
             sys.exit(f"mask_grpo.py: the loss is {log['loss']} and the norm of its gradient "
@@ -402,10 +404,10 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
     return log
 
 # --------------------------------------------------------------------------------------------------
-# 6. The training loop, with its set-up above it. What can be wrong shows before any long work.
+# 6. The training loop, after its set-up. Mistakes show before any long work.
 
 def train(config: "Config"):
-    """Base, then Mask-GRPO -> the rows of metrics.csv"""
+    """Load or make the base, then train it -> the rows of metrics.csv"""
     out = pathlib.Path(config.out).absolute()   # a reward may change the directory
     device = torch.device(config.device)
 
@@ -417,11 +419,11 @@ def train(config: "Config"):
     # the reward, what evaluation reports, and the policy
     reward_fn = reward.load_reward(config.reward, device)
     measure = reward.load_reward(config.measure, device) if config.measure else reward_fn
-    measure = reward.STRICT.get(measure, measure)
+    measure = reward.STRICT.get(measure, measure)       # ungraded, if there is such a version
     policy = make_policy(config, device)
     try_out(policy, (reward_fn, measure), splits, config)
 
-    # the base, its frozen copy if there is a KL, and what else an update changes
+    # the base, its frozen copy if there is a KL, and the other state of a run
     with reward.blame(f"--out {config.out}"):
         (out / "samples").mkdir(parents=True, exist_ok=True)
     if not (config.model or config.weights):
@@ -435,7 +437,7 @@ def train(config: "Config"):
         if saved["captions"] != splits:
             sys.exit(f"mask_grpo.py: --prompts: not the captions with which {out} began")
         policy.load_state_dict(saved["policy"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})  # not lr
         with reward.blame(f"--device {device}: the run was on a device of another kind"):
             generator.set_state(saved["draws"])
         sample_filter.history.extend(saved["filter"])
@@ -454,7 +456,7 @@ def train(config: "Config"):
                     "filter": [*sample_filter.history]}, partial)
         os.replace(partial, out / "checkpoint.pt")
 
-    save()                                      # from now on the folder is taken
+    save()                                      # from now on a new run in this folder is refused
     with finish_update_first(save) as signals:
         for update in range(len(rows) + 1, config.updates + 1):
             start = time.time()
@@ -479,10 +481,10 @@ def train(config: "Config"):
             if evaluated:
                 after = evaluate(policy, measure, splits, config, f"update {update}")
                 rows[-1]["heldout"] = after["scores"][1].mean().item()
-            stop = bool(signals)                # a signal from here on waits for the next update
+            stop = bool(signals)                # a later signal ends the next update
             if evaluated or stop:
                 save()
-            lines = [",".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows))]
+            lines = [",".join(map(str, x)) for x in (rows[0].keys(), *(r.values() for r in rows))]
             (out / "metrics.csv").write_text("\n".join(lines) + "\n")
             if stop:
                 break
@@ -546,16 +548,15 @@ class Config:
     reduction: str = "random"       # which k: random, or (the paper's) the first, the last
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
     filter_tries: int = 2           # how often missing groups are resampled per update
-    # optimisation
+    # optimisation and evaluation
     optimizer: str = "adamw"        # adamw, or adafactor, which needs almost no memory of its own
     lr: float = 1.5e-3              # peak learning rate; smaller for larger policies
-    warmup: int = 5                 # updates of linear warm-up, times a cosine to 0 over the run
+    warmup: int = 5                 # updates of linear warm-up; a cosine takes lr to 0 over the run
     weight_decay: float = 0.02      # on matrices only, not on biases and norms
     max_grad_norm: float = 1.0      # gradients with a larger norm are scaled down to it
-    rollout_batch: int = 1024       # pictures sampled at once, for memory; changes the draws
+    rollout_batch: int = 1024       # pictures sampled at once, for memory; changes random numbers
     micro_batch: int = 192          # (picture, step) pairs per backward pass: affects memory only
-    checkpointing: bool = False     # recompute activations in the backward pass to save memory
-    # evaluation
+    checkpointing: bool = False     # recompute activations to save memory (not in an own model)
     eval_every: int = 9             # updates between evaluations, picture grids and checkpoints
     eval_pictures: int = 48         # pictures per category, for training and held-out captions
 
@@ -566,13 +567,13 @@ class Config:
             setattr(self, field.name, field.type(getattr(self, field.name)))
 
 # --------------------------------------------------------------------------------------------------
-# 8. The policy is Show-o (Xie et al., 2024): a Phi language model whose vocabulary also holds image
-#    codes, so that text and picture form one sequence. The transformer is trained, and the decoder
+# 8. The policy is Show-o (Xie et al., 2024), or a small model of its form: a Phi language model
+#    whose vocabulary also holds image codes, so that text and picture are one sequence. The decoder
 #    from codes to pixels is frozen. A policy of your own is an nn.Module with forward(prompt_ids,
 #    tokens) -> logits, encode(prompts) -> prompt_ids, decode(tokens) -> pictures, num_tokens N,
 #    codebook_size K and device.
 
-NUM_SPECIAL = 10    # ids between the text and the codes: pad, <soi>, <eoi>, task tokens, ...
+NUM_SPECIAL = 10    # ids between text and codes: pad, start and end of image (soi, eoi), tasks, ...
 
 class Policy(nn.Module):
     """p(code | prompt, partly masked picture), for all positions of the picture at once
@@ -589,7 +590,7 @@ class Policy(nn.Module):
         self.offset = phi.vocab_size - 1 - codebook_size    # id of code 0; MASK is the last
         self.bos_id, self.pad_id = bos_id, self.offset - NUM_SPECIAL    # bos also ends the text
         self.soi_id, self.eoi_id, self.t2i_id = self.pad_id + 1, self.pad_id + 2, self.pad_id + 5
-        self.dtype = torch.float32      # of the transformer's products; weights are always float32
+        self.dtype = torch.float32      # of the transformer's matmuls; weights are always float32
 
     @property
     def device(self):
@@ -603,10 +604,10 @@ class Policy(nn.Module):
             words = self.tokenize(prompt)
             bos = [] if words[:1] == [self.bos_id] else [self.bos_id]
             row = [self.t2i_id, *bos, *words, self.bos_id]
-            if len(row) > self.max_text + 1:                # cut, but closed, as in Show-o
+            if len(row) > self.max_text + 1:        # cut, but with its last bos, as in Show-o
                 row = row[:self.max_text] + [self.bos_id]
             rows.append(row)
-        longest = max(map(len, rows))           # Show-o pads to 129; pads have no influence
+        longest = max(map(len, rows))   # Show-o pads to 129; pads are masked, and RoPE is relative
         rows = [[self.pad_id] * (longest - len(row)) + row for row in rows]
         return torch.tensor(rows, device=self.device)
 
@@ -621,7 +622,7 @@ class Policy(nn.Module):
         causal = position[:, None] >= position                                  # (L, L)
         real = F.pad(prompt_ids != self.pad_id, (0, after), value=True)         # (B, L)
         allowed = real[:, None, :] & (causal | in_picture)                      # (B, L, L)
-        allowed |= causal & ~real[:, :, None]   # pads see pads: in bf16 an empty row may give NaN
+        allowed |= causal & ~real[:, :, None]   # pads see pads: to see nothing may give NaN
         return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
     def forward(self, prompt_ids, tokens):
@@ -636,8 +637,8 @@ class Policy(nn.Module):
             hidden = self.showo.model(ids, attention_mask=mask, use_cache=False)[0]     # (B, L, D)
         hidden = hidden[:, -self.num_tokens - 1:-1].float()                     # (B, N, D)
         codes, head = slice(self.offset, self.offset + self.codebook_size), self.showo.lm_head
-        with torch.autocast(self.device.type, enabled=False):   # in bf16, rounding changes what is
-            return F.linear(hidden, head.weight[codes], head.bias[codes])       # (B, N, K) sampled
+        with torch.autocast(self.device.type, enabled=False):   # bf16 would change the draws
+            return F.linear(hidden, head.weight[codes], head.bias[codes])       # (B, N, K)
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -653,7 +654,7 @@ class Policy(nn.Module):
 # 9. The shapes world: a small Phi, a decoder of tiles, and a base that is trained from scratch. The
 #    base is most confident about the background and leaves the objects for its last steps, which
 #    reveal 4 or 5 tokens at once, drawn independently. The trained policy commits early to one tile
-#    of each object: an anchor that fixes its shape, colour and place.
+#    of each object, an anchor on whose shape, colour and place the later draws depend.
 
 def shapes_policy(config) -> Policy:
     """A Policy with random weights. Its text tokens are the phrases of the shapes world."""
@@ -663,7 +664,7 @@ def shapes_policy(config) -> Policy:
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
         attn_implementation="eager",        # for so few tokens faster than sdpa on a CPU
-        # distances are short (neighbours are 1 and 6 apart): rotate all of a head, and faster
+        # neighbours are only 1 and 6 apart: RoPE rotates all of a head, and faster
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
 
     def tokenize(caption):
@@ -671,14 +672,14 @@ def shapes_policy(config) -> Policy:
             sys.exit(f"mask_grpo.py: the shapes world has no {caption!r}; --model knows others")
         return [1 + reward.PHRASES.index(phrase) for phrase in reward.phrases(caption)]
 
-    def paint(codes):                       # each code is a tile of p x p pixels
+    def paint(codes):                       # a tile of p x p pixels each; + 0.5: decode truncates
         tiles = (reward.TILES.to(codes.device)[codes] + 0.5) / 127.5 - 1    # (B, h, w, p, p, 3)
         tiles = tiles.movedim(-1, 3).flatten(3).movedim(-1, 1)              # (B, 3 * p * p, h, w)
         return F.pixel_shuffle(tiles, reward.TILE)                          # (B, 3, h * p, w * p)
 
     policy = Policy(phi, tokenize, 0, paint, reward.GRID ** 2, reward.CODEBOOK_SIZE)
-    # a learned vector per place, counted from the end, because prompts vary in length: with RoPE
-    # alone, a model this small learns later where each object belongs
+    # a learned vector per place, counted from the end, because prompts vary in length; with RoPE
+    # alone, a model this small takes longer to learn where each object belongs
     embedding = policy.showo.model.embed_tokens = nn.Embedding(phi.vocab_size, config.width)
     embedding.place = nn.Parameter(torch.empty(192, config.width))
     for weight in embedding.parameters():
@@ -687,7 +688,7 @@ def shapes_policy(config) -> Policy:
     return policy
 
 def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
-    """Masked-token prediction on correct pictures, of the held-out captions, too
+    """Masked-token prediction on correct pictures, of the captions held out from updates, too
 
     A share of the prompts is replaced by "", so that guidance has an unconditional model.
     """
@@ -714,8 +715,7 @@ def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
 
 def load_base(policy, config, folder):
     """Load the base from a folder, or pretrain it. Its file is named by all that it depends on."""
-    settings = (config.seed, config.width, config.layers, config.pretrain_steps)
-    path = folder / f"base-{'-'.join(map(str, settings))}.pt"
+    path = folder / f"base-{config.seed}-{config.width}-{config.layers}-{config.pretrain_steps}.pt"
     if not path.exists():
         pretrain(policy, config)
         torch.save(policy.state_dict(), path)
@@ -725,8 +725,8 @@ def load_base(policy, config, folder):
 # 10. Show-o as a policy: the published weights in the class of section 8, and MAGVIT-v2's decoder.
 
 # Defaults for Show-o, 512 x 512: the paper's group size, T, learning rate and batch, the released
-# code's reward, warm-up and guidance (w = 5 is 6 in the other convention, uncond + w (cond -
-# uncond)). 625 updates draw 10,000 captions, as many as its file has. Prompts are not rewritten.
+# code's reward, warm-up and guidance. w = 5 is 6 in the other convention, uncond + w (cond -
+# uncond). 625 updates draw 10,000 captions, as many as its file has. Prompts are not rewritten.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, temperature=1.0, guidance=5.0, updates=625,
              groups=16, group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8,
              checkpointing=True, eval_every=10, eval_pictures=64)
@@ -767,8 +767,8 @@ class MagvitDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))                          # (B, 3, 16 h, 16 w)
 
 def read_weights(source):
-    """The state dict of a file (of a checkpoint its policy), or of pytorch_model.safetensors in a
-    folder or hub repository OWNER/NAME, or of another file there, OWNER/NAME/FILE -> dict
+    """A state dict from a file (or a checkpoint's policy), from pytorch_model.safetensors in a
+    folder or a hub repository OWNER/NAME, or from OWNER/NAME/FILE -> dict
     """
     path, usual = str(source), "pytorch_model.safetensors"
     with reward.blame(f"weights {source}"):
@@ -804,10 +804,10 @@ def load_showo(model, vq_model="showlab/magvitv2", weights="", device="cpu") -> 
 
     tokenize = functools.partial(tokenizer.encode, add_special_tokens=False, verbose=False)
     vq = {name: x for name, x in read_weights(vq_model).items() if name.startswith("decoder.")}
-    with torch.device("meta"):                  # without storage, which the files bring
+    with torch.device("meta"):                  # without storage: the files bring it
         policy = Policy(phi, tokenize, tokenizer.bos_token_id,
                         MagvitDecoder().requires_grad_(False), config["num_vq_tokens"], K)
-    policy.showo.model.rotary_emb = type(policy.showo.model.rotary_emb)(phi)    # is not in the file
+    policy.showo.model.rotary_emb = type(policy.showo.model.rotary_emb)(phi)    # is in no file
     fill(policy, {**read_weights(weights or model), **vq}, weights or model, assign=True)
     if torch.device(device).type == "cuda":
         policy.dtype = torch.bfloat16
@@ -827,14 +827,14 @@ def make_policy(config, device):
     policy.eval()                               # no dropout: sampler and learner must agree
     if config.checkpointing and isinstance(policy, Policy):
         policy.showo.train()                    # else transformers ignores it; Phi has no dropout
-        getattr(policy.showo, "activation_checkpointing_enable",        # its newer name
-                policy.showo.gradient_checkpointing_enable)()
+        enable = getattr(policy.showo, "activation_checkpointing_enable", None)     # newer name
+        (enable or policy.showo.gradient_checkpointing_enable)()
     if max(config.steps, config.eval_steps) > policy.num_tokens:
         sys.exit(f"mask_grpo.py: --steps, --eval-steps: at most {policy.num_tokens}, one per token")
     return policy
 
 # --------------------------------------------------------------------------------------------------
-# 11. Around the loop: the optimizer, a trial, evaluation, the log, saving, pictures to evaluate.
+# 11. Around the loop: the optimizer, a trial, evaluation, signals, pictures for GenEval.
 
 def make_optimizer(policy, config):
     """AdamW, or torch's Adafactor with a learning rate on the same scale -> Optimizer"""
@@ -842,7 +842,7 @@ def make_optimizer(policy, config):
     groups = [{"params": [p for p in trained if p.dim() > 1]},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":     # eps: steps of size lr, not of lr * size of the weight
+    if config.optimizer == "adafactor":     # with this eps, steps are not relative to the weights
         return torch.optim.Adafactor(groups, eps=(None, 1.0), foreach=False, **common)
     on_gpu = policy.device.type == "cuda"
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu, **common)
@@ -856,14 +856,13 @@ def set_lr(optimizer, peak, i, warmup, total):
     return lr
 
 def try_out(policy, functions, splits, config):
-    """Pictures of two captions: a wrong reward or model shows before any long work, by traceback"""
+    """Pictures of two captions, so that a bug in a reward or model shows before any long work"""
     prompts = [caption for split in splits for texts in split.values() for caption in texts]
-    print(f"{len(prompts)} captions, {sum(map(len, splits[1].values()))} of them held out; "
-          f"such as {prompts[0]!r}", flush=True)
+    print(f"{len(prompts)} captions, such as {prompts[0]!r}", flush=True)
     for i in range(0, len(prompts), 64):
         policy.encode(prompts[i:i + 64])        # a word may be unknown
+    small = dataclasses.replace(config, eval_pictures=2, eval_steps=1)
     for function in functions:
-        small = dataclasses.replace(config, eval_pictures=2, eval_steps=1)
         evaluate(policy, function, [{"": prompts}], small, "")
     ids = policy.encode(prompts[:2])                                            # (2, L_text)
     masks = torch.full((2, policy.num_tokens), policy.codebook_size, device=ids.device)     # (2, N)
@@ -873,7 +872,7 @@ def try_out(policy, functions, splits, config):
 
 @torch.no_grad()
 def evaluate(policy, measure, splits, config, title):
-    """Sample and measure fixed captions with fixed noise: only the weights can make a difference
+    """Measure pictures of fixed captions from fixed noise: only the weights can make a difference
 
     splits: S dicts of C categories -> dict of scores (S, C, n), pictures (S, C, 4, H, W, 3), lines
     """
@@ -887,15 +886,15 @@ def evaluate(policy, measure, splits, config, title):
     pictures = pixels.view(*scores.shape, *pixels.shape[1:])[:, :, :4]          # (S, C, 4, H, W, 3)
     lines = []
     for name, split, means in zip(("training", "held-out"), splits, scores.mean(2)):
-        cells = [f"{category} {mean:.2f}" for category, mean in zip(split, means.tolist())]
-        lines.append(f"{title} {name} {means.mean():.3f} | {' '.join(cells)}".replace(" 0.", " ."))
+        cells = " ".join(f"{category} {mean:.2f}" for category, mean in zip(split, means.tolist()))
+        lines.append(f"{title} {name} {means.mean():.3f} | {cells}".replace(" 0.", " ."))
     return {"scores": scores, "pictures": pictures.clone(), "lines": lines}
 
 @contextlib.contextmanager
 def finish_update_first(save):
     """Ctrl-C and SIGTERM let the update finish, a second one acts as usual -> list of the signals
 
-    A failure saves. With several inner epochs, the update that failed may have moved the weights.
+    A failure saves, too. With several inner epochs it may find weights that have moved.
     """
     signals, usual = [], {}
 
@@ -923,14 +922,13 @@ def generate(config: Config):
         sys.exit(f"mask_grpo.py: {out} exists; --resume continues it, another --out starts anew")
     policy = make_policy(config, torch.device(config.device))
     print(f"{len(records)} captions; the first is {records[0]['prompt']!r}", flush=True)
-    for record in records:
-        policy.encode([record["prompt"]])       # a word may be unknown
+    policy.encode([record["prompt"] for record in records])     # a word may be unknown
     for i, record in enumerate(bar(records, "captions")):
         folder = out / f"{i:05d}"
         if (folder / "metadata.jsonl").exists():    # it is written last: done before a --resume
             continue
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        seed = zlib.crc32(f"{config.seed} {i}".encode())        # a generator on a CPU takes 32 bits
+        seed = zlib.crc32(f"{config.seed} {i}".encode())        # on a CPU seeds have 32 bits
         trajectory = sample(policy, [record["prompt"]] * 4, config, config.eval_steps,
                             torch.Generator(policy.device).manual_seed(seed), config.guidance)
         for j, picture in enumerate(policy.decode(trajectory.tokens).cpu().numpy()):
@@ -941,18 +939,18 @@ def generate(config: Config):
 # 12. The command line.
 
 MAY_CHANGE = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch", "checkpointing",
-              "model", "vq_model", "weights", "prompts"}        # when a run is resumed
-MAY_BE_0 = {"seed", "pretrain_steps", "score_steps", "filter_tries", "warmup"}     # of the counts
+              "model", "vq_model", "weights", "prompts"}        # on --resume; files may have moved
+MAY_BE_0 = {"seed", "pretrain_steps", "score_steps", "filter_tries", "warmup"}  # other ints: 1
 
 def parse(argv=None) -> Config:
     """The settings of a command line. With --resume they are the checkpoint's, except a few."""
     flags = {field: "--" + field.replace("_", "-") for field in Config.__dataclass_fields__}
+    text = (f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\nThe flags are "
+            f"fields of Config: clip_low is --clip-low.\n\n{inspect.getsource(Config)}\n"
+            "A Show-o starts from SHOWO, in section 10.")
     parser = argparse.ArgumentParser(
-        "mask_grpo.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\n"
-                    "The flags are the fields of Config: clip_low is --clip-low.\n\n"
-                    f"{inspect.getsource(Config)}\nA Show-o starts from SHOWO, in section 10.")
+        "mask_grpo.py", argparse.SUPPRESS, text, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {"transition": TRANSITIONS, "optimizer": ("adamw", "adafactor"),
                "reduction": ("random", "first", "last")}
     for field in dataclasses.fields(Config):
@@ -961,7 +959,6 @@ def parse(argv=None) -> Config:
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flags[field.name], help=argparse.SUPPRESS, **how)
     given = {"out": Config.out, **vars(parser.parse_args(argv))}
-
     checkpoint = pathlib.Path(given["out"], "checkpoint.pt")
     defaults = SHOWO if given.get("model") and ":" not in given["model"] else {}
     if given.get("generate"):
@@ -984,8 +981,9 @@ def parse(argv=None) -> Config:
         least = 0 if field.type is float or name in MAY_BE_0 else 2 if name == "group_size" else 1
         if field.type in (int, float) and not least <= getattr(config, name) < 2 ** 31:
             parser.error(f"{flags[name]} {getattr(config, name)}: must be at least {least}")
-    if config.width % 16 or config.score_steps > config.steps:
-        parser.error("--width must be a multiple of 16, and --score-steps at most --steps")
+    if config.width % 16 or config.score_steps > config.steps or config.filter_quantile > 1:
+        parser.error("--width must be a multiple of 16, --score-steps at most --steps, and "
+                     "--filter-quantile at most 1")
     if config.model and not (config.prompts or config.generate):
         parser.error("--model needs --prompts, a file of captions")
     with reward.blame(f"--device {config.device}"):
