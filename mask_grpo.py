@@ -189,10 +189,10 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #    noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a distribution
 #    over next states. It is the probability of drawing these codes at U.
 #
-#    `ar` and p1 have the same mean gradient (Rao-Blackwell). Without noise, given [a, MASK], any draw
-#    at position 1 loses, so log p1 has gradient 0 on its logits. That of log ar is (.4, -.4) with
-#    probability .6, when a was drawn there, and (-.6, .6) with probability .4. So `ar` reinforces
-#    codes that nobody saw. These gradients cancel on average, at ratio 1, but add variance.
+#    `ar` and p1 have the same mean gradient (Rao-Blackwell). Without noise, given [a, MASK], every
+#    draw at position 1 loses, so log p1 has gradient 0 on its logits. That of log ar is (.4, -.4)
+#    with probability .6, when a was drawn there, and (-.6, .6) with probability .4. So `ar`
+#    reinforces codes that nobody saw. At ratio 1 they cancel on average, but they add variance.
 #
 #    The ranking is a comparison and has no gradient. Yet training can change the order of the
 #    positions, because confidence *is* log p: tokens of good pictures become more probable, so they

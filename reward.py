@@ -48,7 +48,8 @@ def draw_object(shape, color):
     """A cell that holds an object -> uint8 array (2p, 2p, 3), p = TILE"""
     size, corners, points = 2 * TILE * 8, SHAPES[shape], []     # 8 times too large, then averaged
     for i in range(corners):
-        angle = 2 * math.pi * (i + (shape == "square") / 2) / corners       # clockwise from the top
+        turn = 0.5 if shape == "square" else 0      # it stands on a side, not on a corner
+        angle = 2 * math.pi * (i + turn) / corners  # clockwise from the top
         radius = size * (0.2 if shape == "star" and i % 2 else 0.46)        # a star's inner corners
         points.append((radius * math.sin(angle), -radius * math.cos(angle)))
     middle = (min(y for _, y in points) + max(y for _, y in points)) / 2
@@ -60,22 +61,22 @@ def draw_object(shape, color):
 # what a cell can look like, the empty one last: uint8 (13, 2p, 2p, 3)
 CELLS = torch.from_numpy(np.stack([*(draw_object(*o) for o in OBJECTS), np.full(
     (2 * TILE, 2 * TILE, 3), BACKGROUND, np.uint8)]))
-# the codebook as pixels, the background first: uint8 (K, p, p, 3)
+# the codebook as pixels, uint8 (K, p, p, 3): one of the four tiles of the empty cell goes first
 TILES = CELLS.view(-1, 2, TILE, 2, TILE, 3).transpose(2, 3).flatten(0, 2)[:-3].roll(1, 0)
 
 # --------------------------------------------------------------------------------------------------
-# 2. Captions, and a correct picture for each. Two captions with the same meaning ("a star left of a
-#    circle", "a circle right of a star") are always on the same side of the split. So the held-out
-#    captions are more than rewordings of the training captions.
+# 2. Captions, and a correct picture for each. Some captions are held out from training. If two have
+#    the same meaning ("a star left of a circle", "a circle right of a star"), both or neither is
+#    held out, so the held-out captions are more than rewordings of the others.
 
 NUMBERS = {"two": 2, "three": 3}
 # where the second object is, seen from the first: (rows down, columns to the right)
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
-# the categories and their shares in pretraining: more of what the base learns last
+# the categories and their shares in pretraining: more of what the base learns most slowly
 CATEGORIES = {"single": 1, "two": 2, "counting": 2, "color": 1, "position": 6, "attribution": 3}
 
 def all_captions():
-    """Every caption -> (caption, category, meaning, [(count, colour or None, shape)], relation)"""
+    """Yields (caption, category, meaning, [(count, colour or None, shape), ...], relation)"""
     for a in SHAPES:
         yield f"a {a}", "single", a, [(1, None, a)], None
     for a, b in itertools.permutations(SHAPES, 2):
@@ -123,8 +124,8 @@ def in_order(first, second, relation):
 def draw_scene(caption, rng: random.Random):
     """A correct picture for a caption, random in what the caption leaves open -> N codes
 
-    The drawings follow two conventions that the captions do not mention. All objects share a row
-    (or a column, if one is to be above the other), and half of the colours left open are red.
+    Two conventions that the captions do not mention keep the drawings simple. All objects share a
+    row (or a column, if one is to be above the other). Half of the colours left open are red.
     """
     wanted, relation = WANTED[caption]
     shapes = [(shape, color) for count, color, shape in wanted for _ in range(count)]
@@ -152,8 +153,8 @@ def draw_pairs(n, rng: random.Random):
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9)
 
-    Every pixel of the cell must be within the tolerance of the same one of CELLS. A tile in the
-    wrong place never is.
+    Every pixel of the cell must be within the tolerance of a single entry of CELLS. With a tile in
+    the wrong place it never is.
     """
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
     cells = pixels.short().reshape(-1, LATTICE, 2 * TILE, LATTICE, 2 * TILE, 3).transpose(2, 3)
@@ -165,8 +166,8 @@ def look(images, tolerance=40):
 def agreement(cells, caption):
     """How well the cells show what the caption asks for, in [0, 1]; 1 is exactly that and no more
 
-    It is the number of correct objects, divided by the number asked for or the number drawn,
-    whichever is larger. It is a half if all objects are correct but in the wrong relation.
+    It is the number of correct objects, divided by the number asked for or the number drawn (broken
+    ones count), whichever is larger; a half if all are correct but in the wrong relation.
     cells (9,) -> float
     """
     wanted, relation = WANTED[caption]
@@ -183,8 +184,8 @@ def agreement(cells, caption):
 def shapes_reward(images, prompts):
     """How well pictures agree with their captions: PIL images (B), captions (B) -> (B,) in [0, 1]
 
-    It is graded, as CLIP is. A reward of 0 or 1 would leave many groups of the harder captions
-    without a single correct picture, and so without anything to learn from.
+    It is graded. A reward of only 0 or 1 would leave many groups of the harder captions without a
+    single correct picture, and so without anything to learn from.
     """
     return torch.tensor([agreement(c, p) for c, p in zip(look(images), prompts)])
 
@@ -210,7 +211,7 @@ def cosine(embed, scale, device, batch=32):
 
 def clip(device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
     """Any CLIP of open_clip. pretrained: a tag or a file. scale: None is the model's own"""
-    import open_clip                                # takes seconds, which other rewards save
+    import open_clip                                # slow, so only here
     net, preprocess = open_clip.create_model_from_pretrained(model, pretrained, device=device)
     net.eval()
     tokenize = open_clip.get_tokenizer(model)       # cuts texts at 77 tokens
@@ -244,7 +245,7 @@ def pickscore(device, model="yuvalkirstain/PickScore_v1"):
         return output.image_embeds, output.text_embeds
     return cosine(embed, net.logit_scale.detach().exp(), device)
 
-# Each entry makes a reward from (device, *arguments): `--reward clip:ViT-B-32:openai` has two.
+# Each entry makes a reward from (device, *arguments). `clip:ViT-B-32:openai` has two arguments.
 REWARDS = {"shapes": lambda device: shapes_reward, "clip": clip, "hpsv2": hpsv2,
            "pickscore": pickscore}
 # What evaluation reports in place of a graded reward: whether a picture is entirely correct.
@@ -257,8 +258,8 @@ STRICT = {shapes_reward: shapes_correct}
 def blame(what):
     """Turns an error inside into one line that ends the program: `what`, and the reason
 
-    It is for what only a file, a name or the network can tell. It never surrounds a reward or a
-    model of the reader's own: a bug in those keeps its traceback.
+    It is for errors in files, names and downloads. It never surrounds a reward or a model of the
+    reader's own, whose bugs keep their tracebacks.
     """
     try:
         yield
@@ -313,12 +314,15 @@ def read_captions(path):
     kind, captions = pathlib.Path(path).suffix.lower(), []
     with blame(f"captions in {path}"):
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-        if kind in (".csv", ".tsv") or kind not in (".json", ".jsonl") and text[:1] in ("[", "{"):
+        is_json = kind in (".json", ".jsonl")
+        if kind in (".csv", ".tsv") or (not is_json and text[:1] in ("[", "{")):
             raise ValueError("must be a .txt with a caption per line, or be named .json or .jsonl")
         lines = [line for line in text.split("\n") if line.strip()]
-        if kind in (".json", ".jsonl"):
+        if is_json:
             lines = json.loads(text) if kind == ".json" else [json.loads(line) for line in lines]
-        for i, record in enumerate(lines if isinstance(lines, list) else [None], 1):
+        if not isinstance(lines, list):
+            raise ValueError("must be a list")
+        for i, record in enumerate(lines, 1):
             record = record if isinstance(record, dict) else {"prompt": record}
             prompt = record.get("prompt", record.get("caption"))
             if not isinstance(prompt, str):
