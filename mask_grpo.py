@@ -2,7 +2,7 @@
 """Mask-GRPO: reinforcement learning for image models that generate by unmasking, in one file.
 
 GRPO is group relative policy optimisation. "Reinforcement Learning Meets Masked Generative Models"
-(Luo et al., 2025, arXiv 2510.13418v2; `Eq. n` cites its equations) applies it to models that paint
+(Luo et al., 2025, arXiv 2510.13418v2; `Eq. n` cites its equations) applies it to models that work
 as follows. A picture is a grid of N tokens, the codes of small patches. At first all are MASK. Each
 of T steps draws a token at every masked position, keeps the few draws with the highest confidence,
 and masks the rest of them again. The confidence of a draw is its log-probability under the model,
@@ -19,23 +19,23 @@ As a decision process, the *state* is the prompt and the partly masked picture. 
 set of draws at all masked positions. The *next state* keeps those that rank highest. There is one
 *reward*, for the finished picture. Many actions lead to the same next state, because the draws at
 positions 1 and 3 are discarded. Learning needs the probability of such a step. There are three
-answers (section 2): `ar`, as in autoregressive models, is the probability of the action; `p1` sums
-over all actions with this outcome; `p2` uses the revealed tokens only. One update:
+choices (section 2). `ar`, as in autoregressive models, is the probability of the action. `p1` sums
+over all actions with this outcome. `p2` uses the revealed tokens only. One update:
 
   1. Sample G pictures for each of P prompts. Record each step. (section 1)
-  2. Reward each picture. Replace groups whose rewards hardly differ: the filter. (sections 3 and 5)
-  3. Compare each picture with its group: its advantage is A, Eq. 12. (section 3)
+  2. Reward each picture. The filter replaces groups whose rewards hardly differ. (sections 3, 5)
+  3. Compute each picture's advantage A within its group, Eq. 12. (section 3)
   4. Compute ratio = p(step) under the current weights / under the old ones, Eq. 11. (section 2)
   5. Maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus an optional KL
-     to the base, the model before this training, Eq. 10. (section 4)
+     penalty against the base, the model before this training, Eq. 10. (section 4)
 
 Without the clip, the filter, the division by the std and the KL, this is REINFORCE with the group's
 mean as its baseline. The method deviates from the paper's in four ways. `p1` is Eq. 14 with the
-sampler's noise (`p1_literal` is Eq. 14 as printed). There are at most two rounds of replacement.
-The norm of the gradient is clipped. The loss can use random steps of each picture, without bias.
+sampler's noise (`p1_literal` is Eq. 14 as printed). The filter takes two rounds at most.
+The gradient norm is clipped. The loss can use a random subset of the steps, without bias.
 
 Dims: B = P * G pictures of P prompts (captions), N image tokens, K codes, T steps, L length of the
-sequence (L_text of it are text), D hidden size, M pairs of a picture and a step, m of them in a
+sequence (L_text for its text), D hidden size, M (picture, step) pairs, m of them in a
 micro-batch. The code counts steps from 0. `python mask_grpo.py -h` explains every setting.
 """
 import argparse
@@ -77,8 +77,8 @@ bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent w
 #
 #        policy(prompt_ids (B, L_text), tokens (B, N)) -> logits (B, N, K)
 #
-#    with N = policy.num_tokens and K = policy.codebook_size. A token is a code, 0 to K - 1, or K,
-#    MASK. The sampler and the learner call it with different batches, so the logits of a picture
+#    with N = policy.num_tokens and K = policy.codebook_size. A token is a code (0 to K - 1) or MASK
+#    (K). The sampler and the learner call it with different batches, so the logits of a picture
 #    must not depend on the other pictures, on padding, or on chance (dropout).
 #    Confidence sampling is a heuristic, not the model's joint distribution. So what is trained is
 #    the model *as this sampler uses it*. The policy itself comes in section 8.
@@ -88,9 +88,9 @@ def mask_schedule(T: int, N: int) -> list[int]:
     """Tokens still masked after each of T steps: floor(N cos(pi (t + 1) / (2 T))), 0 at the end
 
     mask_schedule(4, 16) = [14, 11, 6, 0]. Each step reveals a token or more, so T > N is refused.
-    Float32, as in Show-o (section 8): cos(pi/3) rounds below 0.5, which can change the floor.
+    In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, so the floor can differ.
     """
-    assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, because each reveals one of {N} tokens"
+    assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, since each reveals at least one token"
     masked, schedule = N, []
     for t in range(T):
         progress = torch.tensor((t + 1) / T, dtype=torch.float32)
@@ -121,8 +121,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps
 
     Codes are always drawn at temperature 1. `temperature` scales the noise of the ranking, which
-    varies the order of revealing. As in Show-o, the factors 1 - (t + 1) / T of all steps so far
-    multiply: for T = 12 and temperature 2 it is 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
+    varies the order of revealing. As in Show-o, step t multiplies what is left by 1 - (t + 1) / T.
+    For T = 12 and temperature 2 this gives 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
     With guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the empty prompt.
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
@@ -143,7 +143,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
 
-        # add the noise of the ranking, Gumbel noise too, but here it varies the order
+        # add the ranking noise, also Gumbel, which varies the order of revealing
         temperature_left *= 1 - (t + 1) / steps
         noise = temperature_left * gumbel((B, N), generator, logp.device)   # (B, N)
         noisy_confidence = token_logp + noise                               # (B, N)
@@ -192,14 +192,14 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #    `ar` and p1 have the same mean gradient (Rao-Blackwell). Without noise, given [a, MASK], every
 #    draw at position 1 loses, so log p1 has gradient 0 on its logits. That of log ar is (.4, -.4)
 #    with probability .6, when a was drawn there, and (-.6, .6) with probability .4. So `ar`
-#    reinforces codes that nobody saw. At ratio 1 they cancel on average, but they add variance.
+#    reinforces discarded codes. At ratio 1 these terms cancel on average, but they add variance.
 #
 #    The ranking is a comparison and has no gradient. Yet training can change the order of the
-#    positions, because confidence *is* log p: tokens of good pictures become more probable, so they
-#    rank higher, and p1's factor for R lowers the codes that would have overtaken U.
+#    positions, because confidence *is* log p. Tokens of good pictures become more probable, so they
+#    rank higher. p1's factor for R lowers the codes that would have outranked U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # instead of log 0, when no code would lose: finite, and too small to count
+FLOOR = -60.0       # stands in for log 0 when no code would lose; finite but negligible
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
@@ -220,13 +220,13 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
         return token_logp.masked_fill(revealed_at < t, 0).sum(-1)           # (B,)
 
-    token = tokens.masked_fill(~revealed, 0)            # (B, N) if there is MASK, it is no index
+    token = tokens.masked_fill(~revealed, 0)            # (B, N) MASK (K) is not a valid index
     token_logp = logp.gather(-1, token[..., None]).squeeze(-1)              # (B, N)
     logp_revealed = token_logp.masked_fill(~revealed, 0).sum(-1)            # (B,)
     if transition == "p2":
         return logp_revealed
     # The sampler compared noisy confidences, so both sides of this comparison carry the noise. The
-    # threshold, the lowest one that was kept, is computed anew under the weights that are scored.
+    # threshold, the lowest one kept, is recomputed under the weights that are being scored.
     if noise is None or transition == "p1_literal":
         noise = torch.zeros_like(token_logp)                                # (B, N)
     threshold = (token_logp + noise).masked_fill(~revealed, math.inf).amin(-1)      # (B,)
@@ -253,7 +253,7 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
 
-    Dividing by the (unbiased) std lets all captions weigh alike, but it turns tiny differences into
+    Dividing by the std (n - 1 in it) lets captions weigh alike, but it turns tiny differences into
     full-size ones. Dr. GRPO (arXiv 2503.20783) does not divide. eps keeps rounding errors small.
     rewards (P, G) -> (P, G)
     """
@@ -261,10 +261,10 @@ def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     return centred / (rewards.std(1, keepdim=True) + eps) if divide_by_std else centred
 
 class SampleFilter:
-    """Finds groups without a usable signal, vanishing groups (section 3.3 of the paper)
+    """Finds vanishing groups, those without a usable signal (section 3.3 of the paper)
 
     A group vanishes if the std of its rewards is 0, or below this quantile of the last `window`
-    stds. None does at quantile 0, nor before `at_least` stds have been recorded.
+    stds. No group does at quantile 0, or until `at_least` stds have been recorded.
     """
 
     def __init__(self, quantile, at_least=32, window=512):
@@ -280,9 +280,8 @@ class SampleFilter:
 
 # --------------------------------------------------------------------------------------------------
 # 4. The loss. There is one ratio and one clip per step, as in PPO. With one inner epoch the ratio
-#    is always 1, and the loss is minus the mean advantage, 0 by construction. But logp_old is a
-#    constant, so the gradient is -A grad log p, and that is all the learning there is. Watch the
-#    reward.
+#    is always 1, and the loss (without a KL) is minus the mean advantage, 0 by construction. But
+#    logp_old is a constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
 
 # Two factors at FLOOR in logp_old would give exp(120), inf in float32. Beyond this limit the
 # gradient is 0, even for A < 0, where the ratio should be pushed down.
@@ -291,7 +290,7 @@ MAX_LOG_RATIO = 20.0
 def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), Eq. 10 and 11, for each pair; to be averaged
 
-    Clipping stops only what would push a ratio further out: up for A > 0, down for A < 0.
+    Clipping stops only gradients that push a ratio further out (up if A > 0, down if A < 0).
     all (M,) -> loss (M,), dict of the ratio (M,) and of whether the clip stopped a gradient (M,)
     """
     assert logp.shape == logp_old.shape == advantage.shape and logp.dim() == 1
@@ -304,7 +303,7 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r with r = p_ref / p. It is never < 0
 
-    For p2 and p1_literal, no probabilities of what was sampled, it is a mere penalty. Its expected
+    For p2 and p1_literal, which are not sampling probabilities, it is only a penalty. Its expected
     gradient, with the samples held fixed, is that of the reverse, KL(p_ref || p).
     logp, logp_ref (M,) -> (M,)
     """
@@ -314,8 +313,8 @@ def kl_k3(logp, logp_ref):
 # --------------------------------------------------------------------------------------------------
 # 5. One update. It samples P * G pictures or more, T forward passes each. Then it takes a forward
 #    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
-#    Training uses no guidance, because a guided policy would sample while the gradient of the plain
-#    one is taken (flow_grpo's issue 224 reports a collapse). So its reward is below evaluation's.
+#    Training uses no guidance. A guided policy would sample, but the gradient would be that of the
+#    plain one (flow_grpo's issue 224 reports a collapse). So rewards are lower than in evaluation.
 
 class Groups(typing.NamedTuple):
     """What an update learns from. Prompts and pictures are ordered group by group."""
@@ -381,7 +380,7 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
         for i, chunk in enumerate(bar(pairs.split(config.micro_batch), "learning")):
             b, t = chunk.unbind(1)                                          # (m,) each
             logp = replay_logprob(policy, prompt_ids, trajectory, b, t, config.transition)
-            if epoch == 0:      # the weights are still those that sampled: this is p_old, for free
+            if epoch == 0:      # no step since sampling, so this is p_old for free
                 logp_old.append(logp.detach())
             loss, numbers = grpo_loss(logp, logp_old[i], advantage[b], config.clip_low,
                                       config.clip_high)                     # (m,)
@@ -435,7 +434,7 @@ def train(config: "Config"):
     if config.resume:
         saved = torch.load(out / "checkpoint.pt", "cpu", weights_only=True)
         if saved["captions"] != splits:
-            sys.exit(f"mask_grpo.py: --prompts: not the captions with which {out} began")
+            sys.exit(f"mask_grpo.py: --prompts: the captions differ from those of {out}")
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})  # not lr
         with reward.blame(f"--device {device}: the run was on a device of another kind"):
@@ -519,7 +518,7 @@ class Config:
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
     reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
-    measure: str = ""               # what evaluation reports, another reward; "": the same
+    measure: str = ""               # a reward that evaluation reports; "": that of --reward
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings
     generate: str = ""              # do not train: sample 4 pictures of each caption in this file
@@ -528,35 +527,35 @@ class Config:
     # the shapes world's base
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
-    pretrain_steps: int = 2500      # masked-token prediction before any reinforcement learning
+    pretrain_steps: int = 2500      # steps of masked-token prediction before any RL
     # sampling
     steps: int = 12                 # T in training; fewer than --eval-steps is cheaper
     eval_steps: int = 12            # T in evaluation
-    temperature: float = 2.0        # of the ranking's noise, which decays to 0; 0: no noise
+    temperature: float = 2.0        # scale of the ranking noise, which decays to 0; 0: no noise
     guidance: float = 0.0           # w in evaluation, (1 + w) cond - w uncond; training has none
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
     updates: int = 54               # rounds of sampling and learning
     groups: int = 24                # P, prompts per update
     group_size: int = 4             # G, pictures per prompt, at least 2
-    divide_by_std: bool = True      # the advantage, Eq. 12; if not, as in Dr. GRPO
-    inner_epochs: int = 1           # passes over one rollout; from the second on the ratio leaves 1
+    divide_by_std: bool = True      # divide advantages by the std (Eq. 12), or not (Dr. GRPO)
+    inner_epochs: int = 1           # passes over each rollout; after the first, the ratio is not 1
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
     clip_high: float = 0.2          # the ratio is clipped above 1 + this
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
-    score_steps: int = 0            # k: the loss uses k of the T steps of each picture; 0 is all
-    reduction: str = "random"       # which k: random, or (the paper's) the first, the last
+    score_steps: int = 0            # k, how many of each picture's T steps the loss uses; 0: all
+    reduction: str = "random"       # which k steps: random, or the paper's first or last
     filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
-    filter_tries: int = 2           # how often missing groups are resampled per update
+    filter_tries: int = 2           # rounds of replacing vanished groups, at most, per update
     # optimisation and evaluation
-    optimizer: str = "adamw"        # adamw, or adafactor, which needs almost no memory of its own
+    optimizer: str = "adamw"        # adamw, or adafactor with almost no optimizer state
     lr: float = 1.5e-3              # peak learning rate; smaller for larger policies
     warmup: int = 5                 # updates of linear warm-up; a cosine takes lr to 0 over the run
     weight_decay: float = 0.02      # on matrices only, not on biases and norms
     max_grad_norm: float = 1.0      # gradients with a larger norm are scaled down to it
-    rollout_batch: int = 1024       # pictures sampled at once, for memory; changes random numbers
+    rollout_batch: int = 1024       # pictures sampled at once; limits memory, changes the draws
     micro_batch: int = 192          # (picture, step) pairs per backward pass: affects memory only
-    checkpointing: bool = False     # recompute activations to save memory (not in an own model)
+    checkpointing: bool = False     # recompute activations to save memory (built-in models only)
     eval_every: int = 9             # updates between evaluations, picture grids and checkpoints
     eval_pictures: int = 48         # pictures per category, for training and held-out captions
 
@@ -567,7 +566,7 @@ class Config:
             setattr(self, field.name, field.type(getattr(self, field.name)))
 
 # --------------------------------------------------------------------------------------------------
-# 8. The policy is Show-o (Xie et al., 2024), or a small model of its form: a Phi language model
+# 8. The policy is Show-o (Xie et al., 2024) or a small model like it. It is a Phi language model
 #    whose vocabulary also holds image codes, so that text and picture are one sequence. The decoder
 #    from codes to pixels is frozen. A policy of your own is an nn.Module with forward(prompt_ids,
 #    tokens) -> logits, encode(prompts) -> prompt_ids, decode(tokens) -> pictures, num_tokens N,
@@ -622,7 +621,7 @@ class Policy(nn.Module):
         causal = position[:, None] >= position                                  # (L, L)
         real = F.pad(prompt_ids != self.pad_id, (0, after), value=True)         # (B, L)
         allowed = real[:, None, :] & (causal | in_picture)                      # (B, L, L)
-        allowed |= causal & ~real[:, :, None]   # pads see pads: to see nothing may give NaN
+        allowed |= causal & ~real[:, :, None]   # pads see pads: an empty row may give NaN
         return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
     def forward(self, prompt_ids, tokens):
@@ -664,12 +663,12 @@ def shapes_policy(config) -> Policy:
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
         attn_implementation="eager",        # for so few tokens faster than sdpa on a CPU
-        # neighbours are only 1 and 6 apart: RoPE rotates all of a head, and faster
+        # neighbours are only 1 or 6 apart, so RoPE rotates the whole head, at higher frequencies
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
 
     def tokenize(caption):
         if caption and caption not in reward.WANTED:
-            sys.exit(f"mask_grpo.py: the shapes world has no {caption!r}; --model knows others")
+            sys.exit(f"mask_grpo.py: the shapes world has no {caption!r}; others need --model")
         return [1 + reward.PHRASES.index(phrase) for phrase in reward.phrases(caption)]
 
     def paint(codes):                       # a tile of p x p pixels each; + 0.5: decode truncates
@@ -688,7 +687,7 @@ def shapes_policy(config) -> Policy:
     return policy
 
 def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
-    """Masked-token prediction on correct pictures, of the captions held out from updates, too
+    """Masked-token prediction on correct pictures, including those of held-out captions
 
     A share of the prompts is replaced by "", so that guidance has an unconditional model.
     """
@@ -868,7 +867,7 @@ def try_out(policy, functions, splits, config):
     masks = torch.full((2, policy.num_tokens), policy.codebook_size, device=ids.device)     # (2, N)
     with torch.no_grad():
         if not torch.allclose(policy(ids, masks), policy(ids, masks), 1e-3, 1e-3):
-            sys.exit("mask_grpo.py: --model: two passes of one input differ; is there dropout?")
+            sys.exit("mask_grpo.py: --model: two passes over one input differ; is dropout on?")
 
 @torch.no_grad()
 def evaluate(policy, measure, splits, config, title):
@@ -892,9 +891,9 @@ def evaluate(policy, measure, splits, config, title):
 
 @contextlib.contextmanager
 def finish_update_first(save):
-    """Ctrl-C and SIGTERM let the update finish, a second one acts as usual -> list of the signals
+    """Ctrl-C and SIGTERM let the update finish; a second one acts as usual -> list of the signals
 
-    A failure saves, too. With several inner epochs it may find weights that have moved.
+    A failure saves, too. With several inner epochs, the failed update may then be partly applied.
     """
     signals, usual = [], {}
 
@@ -902,10 +901,10 @@ def finish_update_first(save):
         signals.append(number)
         signal.signal(number, usual[number])
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this update; once more to stop at once\n")
+            os.write(2, b"\nstopping after this update; repeat to stop at once\n")
 
     try:
-        with contextlib.suppress(ValueError):   # only a main thread receives signals
+        with contextlib.suppress(ValueError):   # only the main thread may set handlers
             usual |= {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         yield signals
     except (Exception, SystemExit):             # a bug in a reward or a model, NaN, no memory

@@ -6,7 +6,7 @@ number per picture, and larger is better. It sees neither tokens nor logits, so 
 policy.
 
 Sections 1 to 3 are the *shapes world*, in which a picture can be judged exactly. A picture is a
-lattice of 3 x 3 cells. Each cell is empty or holds one object, and an object is drawn by 2 x 2
+lattice of 3 x 3 cells. Each cell is empty or holds one object, and an object is drawn as 2 x 2
 tiles, so a picture has 6 x 6 tokens. Captions ask for the six things that GenEval asks for (Ghosh
 et al., 2023): a single object, two objects, a count, a colour, a position, and colours bound to
 objects. No single token is difficult. The difficulty is that tokens must agree with each other,
@@ -61,13 +61,13 @@ def draw_object(shape, color):
 # what a cell can look like, the empty one last: uint8 (13, 2p, 2p, 3)
 CELLS = torch.from_numpy(np.stack([*(draw_object(*o) for o in OBJECTS), np.full(
     (2 * TILE, 2 * TILE, 3), BACKGROUND, np.uint8)]))
-# the codebook as pixels, uint8 (K, p, p, 3): one of the four tiles of the empty cell goes first
+# the codebook as pixels, uint8 (K, p, p, 3); the empty cell gives only one tile, the first
 TILES = CELLS.view(-1, 2, TILE, 2, TILE, 3).transpose(2, 3).flatten(0, 2)[:-3].roll(1, 0)
 
 # --------------------------------------------------------------------------------------------------
-# 2. Captions, and a correct picture for each. Some captions are held out from training. If two have
-#    the same meaning ("a star left of a circle", "a circle right of a star"), both or neither is
-#    held out, so the held-out captions are more than rewordings of the others.
+# 2. Captions, and a correct picture for each. Some are held out from training. Captions with the
+#    same meaning ("a star left of a circle", "a circle right of a star") go to the same split, so
+#    the held-out captions are not mere rewordings of the others.
 
 NUMBERS = {"two": 2, "three": 3}
 # where the second object is, seen from the first: (rows down, columns to the right)
@@ -117,7 +117,7 @@ def captions(heldout):
     return chosen
 
 def in_order(first, second, relation):
-    """Whether cell `first` stands to cell `second` as the relation says; True if there is none."""
+    """Whether cells `first` and `second` stand in the relation; True if there is none."""
     rows, columns = second // LATTICE - first // LATTICE, second % LATTICE - first % LATTICE
     return relation is None or rows * relation[0] + columns * relation[1] > 0
 
@@ -153,8 +153,8 @@ def draw_pairs(n, rng: random.Random):
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9)
 
-    Every pixel of the cell must be within the tolerance of a single entry of CELLS. With a tile in
-    the wrong place it never is.
+    Every pixel of the cell must be within the tolerance of a single entry of CELLS. A tile in the
+    wrong place never passes.
     """
     pixels = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
     cells = pixels.short().reshape(-1, LATTICE, 2 * TILE, LATTICE, 2 * TILE, 3).transpose(2, 3)
@@ -167,7 +167,7 @@ def agreement(cells, caption):
     """How well the cells show what the caption asks for, in [0, 1]; 1 is exactly that and no more
 
     It is the number of correct objects, divided by the number asked for or the number drawn (broken
-    ones count), whichever is larger; a half if all are correct but in the wrong relation.
+    ones count), whichever is larger. It is 0.5 if all are correct but in the wrong relation.
     cells (9,) -> float
     """
     wanted, relation = WANTED[caption]
@@ -195,7 +195,7 @@ def shapes_correct(images, prompts):
 
 # --------------------------------------------------------------------------------------------------
 # 4. Rewards for real pictures. All three are CLIP models: one network embeds pictures, another
-#    embeds texts, and the reward is the cosine between a picture's embedding and its caption's.
+#    embeds texts, and the reward is the (scaled) cosine of the two embeddings.
 
 def cosine(embed, scale, device, batch=32):
     """The reward scale * cosine. embed: images, prompts -> their embeddings, (B, D) each"""
@@ -227,7 +227,7 @@ def hpsv2(device, model="ViT-H-14", pretrained=None):
     return clip(device, model, pretrained, scale=1)
 
 def pickscore(device, model="yuvalkirstain/PickScore_v1"):
-    """PickScore v1 (Kirstain et al., 2023): likewise, but published for transformers
+    """PickScore v1 (Kirstain et al., 2023): a CLIP tuned on them, too, published for transformers
 
     ValueError if the file lacks weights, which transformers would fill with random numbers.
     """
@@ -256,7 +256,7 @@ STRICT = {shapes_reward: shapes_correct}
 
 @contextlib.contextmanager
 def blame(what):
-    """Turns an error inside into one line that ends the program: `what`, and the reason
+    """If an error occurs inside, ends the program with one line: `what`, and the reason
 
     It is for errors in files, names and downloads. It never surrounds a reward or a model of the
     reader's own, whose bugs keep their tracebacks.
@@ -286,7 +286,7 @@ def load_reward(spec, device=torch.device("cpu")):
     arguments = rest.split(":", 1) if rest else []
     if rest.startswith(("hf-hub:", "local-dir:")):
         arguments = [rest, None]                    # the model's name says where its weights are
-    with blame(f"reward {spec} (there are {', '.join(REWARDS)}, and MODULE:FUNCTION of your own)"):
+    with blame(f"reward {spec} (choices: {', '.join(REWARDS)}, or MODULE:FUNCTION of your own)"):
         return REWARDS[name](device, *arguments)
 
 @torch.no_grad()
@@ -308,7 +308,7 @@ def rate(reward, pixels, prompts):
 def read_captions(path):
     """The captions of a file -> list of dicts with a "prompt", and whatever else a record holds
 
-    .json holds a list and .jsonl a record per line. A record is a text, or an object with a
+    .json holds a list and .jsonl a record per line. A record is a string, or an object with a
     `caption` (the paper's file) or a `prompt` (GenEval's). Any other file holds a caption per line.
     """
     kind, captions = pathlib.Path(path).suffix.lower(), []
@@ -326,7 +326,7 @@ def read_captions(path):
             record = record if isinstance(record, dict) else {"prompt": record}
             prompt = record.get("prompt", record.get("caption"))
             if not isinstance(prompt, str):
-                raise ValueError(f"record {i} is neither a text nor has a `caption` or `prompt`")
+                raise ValueError(f"record {i} is not a string and has no `caption` or `prompt`")
             prompt.encode()                         # raises for half a surrogate pair
             captions += [{**record, "prompt": prompt.strip()}] if prompt.strip() else []
         if not captions:
@@ -344,7 +344,7 @@ def split_captions(path=""):
     prompts = sorted(dict.fromkeys(record["prompt"] for record in read_captions(path)),
                      key=lambda prompt: zlib.crc32(prompt.encode()))
     if len(prompts) < 2:
-        raise SystemExit(f"mask_grpo.py: captions in {path}: training needs a second, to hold out")
+        raise SystemExit(f"mask_grpo.py: captions in {path}: training needs at least two")
     held = min(64, -(-len(prompts) // 10))                                  # rounded up
     return [{"captions": prompts[held:]}, {"captions": prompts[:held]}]
 

@@ -1527,7 +1527,7 @@ def files(folder):
     ("--reward clip:local-dir:/no/such", "/no/such"), ("--weights FILE", "FILE"),
     ("--weights no_such_file.pt", "no_such_file"), ("--prompts no_such.txt", "no_such.txt"),
     ("--prompts FILE", "FILE"), ("--prompts empty.txt", "there are none"),
-    ("--prompts one.txt", "second"), ("--prompts x.csv", ".txt"), ("--prompts list.txt", ".txt"),
+    ("--prompts one.txt", "two"), ("--prompts x.csv", ".txt"), ("--prompts list.txt", ".txt"),
     ("--prompts x.TSV", ".txt"), ("--prompts object.txt", ".txt"), ("--prompts late.txt", "dragon"),
     ("--prompts coco.json", "must be a list"), ("--prompts number.jsonl", "record 2"),
     ("--prompts broken.JSON", "JSONDecodeError"), ("--prompts half.json", "surrogates"),
