@@ -63,7 +63,6 @@ def same(one, two):
 
 class TablePolicy:
     """The least that a policy must answer to. Its logits depend on the whole state."""
-
     def __init__(self, N=6, K=5, seed=0, scale=1.0):
         self.num_tokens, self.codebook_size, self.states = N, K, []
         self.own = scale * torch.randn(N, K, generator=seeded(seed))
@@ -428,7 +427,6 @@ def batch_of(policy):
 
 class Recorder(torch.optim.SGD):
     """An optimizer that keeps the gradient it is given, and at learning rate 0 changes nothing."""
-
     def step(self, closure=None):
         """Note the gradient as one vector."""
         parameters = self.param_groups[0]["params"]
@@ -636,8 +634,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert [int(row["update"]) for row in rows] == [1, 2] and list(rows[0]) == [
         "update", "reward", "reward_se", "live", "sampled", "ratio", "clip", "kl", "grad", "loss",
         "lr", "seconds", "heldout"]
-    out = capsys.readouterr().out
-    assert out.isascii() and max(map(len, out.splitlines())) <= 100
+    out, err = capsys.readouterr()              # err: no progress bars, as there is no terminal
+    assert out.isascii() and max(map(len, out.splitlines())) <= 100 and err == ""
     assert f"{len(EVERY_CAPTION)} captions" in out and repr(R.captions(False)["single"][0]) in out
     starts = [re.split(r" \|| \.", line)[0] for line in out.splitlines()[1:]]
     evaluations = [[f"{title} {split}" for split in ("training", "held-out")]
@@ -959,12 +957,12 @@ def test_whatever_is_saved_can_be_read_again(tmp_path):
 
 def test_show_o_has_settings_of_its_own():
     """The paper's and the released code's; a flag overrides each; an own model has none."""
-    config = M.parse(["--model", "showlab/show-o-512x512", "--prompts", "x", "--groups", "4"])
+    config = M.parse(["--model", "showlab/show-o-512x512", "--prompts", "x", "--lr", "1e-6"])
     assert (config.group_size, config.groups, config.steps, config.eval_steps, config.lr,
             config.weight_decay, config.clip_low, config.clip_high, config.transition, config.beta,
             config.guidance, config.temperature, config.reward, config.filter_quantile) == (
-                6, 4, 50, 50, 3e-6, 0.02, 0.1, 0.2, "p1", 0, 5, 1, "clip", 0.1)
-    assert config.eval_pictures == 64                               # as many as are ever held out
+                6, 16, 50, 50, 1e-6, 0.02, 0.1, 0.2, "p1", 0, 5, 1, "clip", 0.1)
+    assert config.eval_pictures == 64 and M.SHOWO["lr"] == 3e-6         # as many as are held out
     own = M.parse(["--model", "my:make", "--prompts", "y"])
     assert [own.group_size, own.groups, own.steps, own.eval_steps, own.lr, own.warmup, own.updates,
             own.max_grad_norm, own.filter_tries] == [4, 24, 12, 12, 1.5e-3, 5, 54, 1.0, 2]
@@ -1134,7 +1132,7 @@ def write_showo(folder, codebook_size=32):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=WORDS[0], eos_token=WORDS[0],
                             unk_token=WORDS[0]).save_pretrained(paths["llm"])
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    PhiConfig(vocab_size=64, **sizes).save_pretrained(paths["llm"])
+    PhiConfig(vocab_size=64, resid_pdrop=0.5, **sizes).save_pretrained(paths["llm"])
     torch.manual_seed(0)
     vocabulary = len(WORDS) + 10 + codebook_size + 1
     phi = PhiConfig(vocab_size=vocabulary, qk_layernorm=True, initializer_range=0.3, **sizes)
@@ -1198,6 +1196,7 @@ def test_other_weights_replace_the_base(showo, tmp_path, monkeypatch):
     config = M.parse(showo_flags(showo, tmp_path, weights=tmp_path / "mine.pth"))
     bias = M.make_policy(config, torch.device("cpu")).showo.lm_head.bias
     assert torch.equal(bias, (published["showo.lm_head.bias"] + 1).half().float())
+    assert bias.dtype == torch.float32
     monkeypatch.setattr(M, "load_base", None)
     trained = shapes(seed=9)
     torch.save({"policy": trained.state_dict(), "rows": []}, tmp_path / "checkpoint.pth")
@@ -1258,11 +1257,11 @@ def test_a_loaded_show_o(showo, monkeypatch):
     assert all(torch.allclose(layer.mlp.activation_fn(x), formula, atol=1e-6)
                for layer in large.showo.model.layers)
     assert large.dtype == torch.float32 and not large.decoder.conv_in.weight.requires_grad
+    assert large.showo.config.resid_pdrop == 0          # sampler and learner must agree
     monkeypatch.setattr(M.Policy, "to", lambda self, device: self)      # there may be no GPU
-    precisions = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", (seen := []).append)
     assert M.load_showo(showo["showo"], showo["magvit"], device="cuda").dtype == torch.bfloat16
-    assert precisions == ["high"]
+    assert seen == ["high"]
 
 def magvit_by_hand(weights, codes):
     """MAGVIT-v2's decoder from its published names, in functions of torch alone
@@ -1317,6 +1316,7 @@ def test_the_decoder_computes_what_magvit_v2_does():
         expected = magvit_by_hand({n: x.double() for n, x in decoder.state_dict().items()}, codes)
     assert got.shape == expected.shape == (2, 3, 48, 32)
     assert (got - expected).abs().max() < 1e-4 and expected.std() > 0.1
+    assert {m.eps for m in decoder.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}
 
 def test_a_show_o_that_cannot_be_loaded(tmp_path, capsys):
     """Each in one line and before the folder of the run is made."""
@@ -1498,7 +1498,6 @@ def refused(capsys, *words):
 
 class Code:
     """Unpickled, it writes a file."""
-
     def __reduce__(self):
         return open, ("written by code", "w")
 
@@ -1642,6 +1641,7 @@ def test_tiles_differ_and_are_cut_in_reading_order():
     """49 codes, no two alike. An object's four tiles, put together, are its drawing."""
     assert R.TILES.shape == (49, 8, 8, 3) and len(R.TILES.unique(dim=0)) == 49
     assert (R.TILES[0] == torch.tensor(R.BACKGROUND)).all()
+    assert tuple(R.draw_object("square", "red")[3, 3]) == R.COLORS["red"]       # it lies on a side
     for i, (shape, color) in enumerate(R.OBJECTS):
         cell = np.asarray(images_of([scene((shape, color, 0, 0))])[0])[:16, :16]
         assert (cell == R.draw_object(shape, color)).all() and i == R.look(
