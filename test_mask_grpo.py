@@ -584,8 +584,9 @@ def red(images, prompts):
     return torch.tensor((pixels[..., 0] - pixels[..., 2] > 100).mean((1, 2)), dtype=torch.float32)
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch):
-    """Every test may name this reward, and the folders made here hold a decoder of width 32."""
+def prepared(monkeypatch, tmp_path):
+    """Every test has a folder of its own, may name this reward, and has a decoder of width 32."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(R.REWARDS, "red", lambda device: red)
     monkeypatch.setattr(M, "MagvitDecoder", lambda: Decoder(32))
 
@@ -938,7 +939,6 @@ def test_a_reward_cannot_change_the_run(tmp_path, monkeypatch):
         os.chdir(tmp_path.parent)
         return result
 
-    monkeypatch.chdir(tmp_path)
     polite, _ = run(tmp_path / "polite", reward="red")
     monkeypatch.setitem(R.REWARDS, "red", lambda device: rude)
     M.train(tiny(out="rude", reward="red"))
@@ -1454,7 +1454,6 @@ def test_a_wrong_reward_shows_before_any_work(tmp_path, monkeypatch, answer):
     name = f"wrong_{abs(hash(answer))}"
     text = f"import torch\ndef f(images, prompts):\n    return {answer}\n"
     (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(M, "pretrain", None)
     with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
         M.main(flags(reward=f"{name}:f", out="out"))
@@ -1544,7 +1543,6 @@ def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
             "number.jsonl": '{"prompt": "a cat"}\n3\n', "half.json": '["a \\ud800", "b"]',
             "late.txt": "\n".join([*EVERY_CAPTION, "a dragon 1"])}.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
     torch.save(M.shapes_policy(M.Config()).state_dict(), "cat.pt")
     monkeypatch.setattr(M, "pretrain", None)
     before = files(tmp_path)
@@ -1852,7 +1850,6 @@ def test_the_readmes_reward_and_the_model_above_run(own_model, tmp_path, monkeyp
     """Its code block and its command: trained, resumed, and sampled from."""
     own_model("my_model")
     (tmp_path / "my_taste.py").write_text(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1])
-    monkeypatch.chdir(tmp_path)
     command = re.search(r"`(--model my_model:make .*?)`", README)[1].split()
     M.main([*flags(updates=6, lr=0.1, groups=4, out="out"), *command])
     assert saved("out")["rows"][-1]["grad"] > 0 and "my_taste:warm" in command
@@ -1862,7 +1859,6 @@ def test_the_readmes_reward_and_the_model_above_run(own_model, tmp_path, monkeyp
 
 def test_a_trained_show_o_opens_in_show_os_own_code(showo, tmp_path, monkeypatch):
     """The README's line, beside the published config: names and shapes; and it loads here."""
-    monkeypatch.chdir(tmp_path)
     M.main(showo_flags(showo, "out"))
     exec(re.search(r'`python -c "(.*?)"`', README)[1], {})
     published, trained = (load_file(pathlib.Path(folder, "pytorch_model.safetensors"))
