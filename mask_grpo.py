@@ -774,8 +774,8 @@ def read_weights(source):
         if os.path.isdir(path):
             path = os.path.join(path, usual)
         elif not os.path.isfile(path):
-            owner, name, *file = path.split("/", 2)
-            path = hf_hub_download(f"{owner}/{name}", *file or [usual])
+            owner, name, file = (path + "//").split("/", 2)
+            path = hf_hub_download(f"{owner}/{name}", file.strip("/") or usual)
         if path.endswith(".safetensors"):
             return load_file(path)
         with open(path, "rb") as file:          # torch's format before 1.6 cannot be mapped

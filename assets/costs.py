@@ -28,7 +28,7 @@ def count(function):
     return counter.get_total_flops()
 
 def show_o(layers, checkpointing=False):
-    """FLOPs of a forward pass, of a forward and a backward pass, and of the decoder, for one picture"""
+    """FLOPs of one picture: a forward pass, a forward and a backward pass, and the decoder."""
     with torch.device("meta"):
         phi = PhiConfig(vocab_size=58498, qk_layernorm=True, num_hidden_layers=layers)
         policy = M.Policy(phi, None, 0, M.MagvitDecoder(), 1024, 8192)
@@ -39,7 +39,7 @@ def show_o(layers, checkpointing=False):
             count(lambda: policy.decode(tokens)))
 
 def clip():
-    """FLOPs of the reward of one picture"""
+    """FLOPs of the reward of one picture."""
     with torch.device("meta"):
         net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
         pixels, words = torch.zeros(1, 3, 224, 224), torch.zeros(1, 77).long()
@@ -59,10 +59,11 @@ def main():
         cells = [f"{flops / 1e15:.1f}" for flops in (sampling, learning, update, evaluation)]
         for peak in PEAKS.values():
             rate = SHARE * peak * 1e12
-            hours = (625 * update + 64 * evaluation) / rate / 3600      # every 10 updates, and the base
+            hours = (625 * update + 64 * evaluation) / rate / 3600   # the base, then every 10
             cells.append(f"{update / rate:.0f} s, {hours:.0f} h")
         print(f"| {name} | {' | '.join(cells)} |")
 
 if __name__ == "__main__":
-    with mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()):   # knows no meta
+    # autocast does not know the device "meta"
+    with mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()):
         main()
