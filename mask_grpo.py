@@ -770,7 +770,7 @@ def read_weights(source):
     folder or a hub repository OWNER/NAME, or from OWNER/NAME/FILE -> dict
     """
     path, usual = str(source), "pytorch_model.safetensors"
-    with reward.blame(f"weights {source}"):
+    with reward.blame(f"weights {source}" + " (no file or folder)" * (not os.path.exists(path))):
         if os.path.isdir(path):
             path = os.path.join(path, usual)
         elif not os.path.isfile(path):
@@ -979,7 +979,8 @@ def parse(argv=None) -> Config:
     for name, field in Config.__dataclass_fields__.items():
         least = 0 if field.type is float or name in MAY_BE_0 else 2 if name == "group_size" else 1
         if field.type in (int, float) and not least <= getattr(config, name) < 2 ** 31:
-            parser.error(f"{flags[name]} {getattr(config, name)}: must be at least {least}")
+            parser.error(f"{flags[name]} {getattr(config, name)}: must be at least {least}, and "
+                         "below 2 ** 31")
     if config.width % 16 or config.score_steps > config.steps or config.filter_quantile > 1:
         parser.error("--width must be a multiple of 16, --score-steps at most --steps, and "
                      "--filter-quantile at most 1")

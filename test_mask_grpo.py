@@ -1514,7 +1514,7 @@ def files(folder):
     ("--filter-quantile 2", "at most 1"), ("--weights code.pt", "code.pt"),
     ("--beta inf", "--beta inf"), ("--clip-high -0.1", "--clip-high"), ("--seed -1", "--seed -1"),
     ("--temperature -1", "--temperature"), ("--micro-batch 0", "--micro-batch 0"),
-    (f"--seed {2 ** 70}", "--seed"), ("--steps 4 --score-steps 5", "--score-steps"),
+    (f"--seed {2 ** 70}", "below 2 ** 31"), ("--steps 4 --score-steps 5", "--score-steps"),
     ("--steps 37", "--steps"), ("--eval-steps 99", "at most 36"), ("--device tpu", "--device tpu"),
     ("--model x", "--prompts"), ("--generate x.txt", "--weights"), ("--resume", "--resume"),
     ("--reward beauty", "shapes, clip"), ("--measure beauty", "beauty"),
@@ -1523,7 +1523,7 @@ def files(folder):
     ("--reward clip:ViT-Z:openai", "ViT-Z"), ("--reward clip:ViT-B-32:no-tag", "no-tag"),
     ("--reward clip:ViT-B-32:FILE", "clip:"), ("--reward pickscore:/no/such", "pickscore"),
     ("--reward clip:local-dir:/no/such", "/no/such"), ("--weights FILE", "FILE"),
-    ("--weights no_such_file.pt", "no_such_file"), ("--prompts no_such.txt", "no_such.txt"),
+    ("--weights no_such_file.pt", "no file or folder"), ("--prompts no_such.txt", "no_such.txt"),
     ("--prompts FILE", "FILE"), ("--prompts empty.txt", "there are none"),
     ("--prompts one.txt", "two"), ("--prompts x.csv", ".txt"), ("--prompts list.txt", ".txt"),
     ("--prompts x.TSV", ".txt"), ("--prompts object.txt", ".txt"), ("--prompts late.txt", "dragon"),
@@ -1558,7 +1558,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(M.PhiConfig, "get_config_dict", unreachable)
     words = ["--reward", "shapes", "--prompts", tmp_path / "good.txt"]
     assert "owner/name: " in refused(capsys, "--model", "owner/name", *words)
-    assert "owner/name/x.pth: " in refused(capsys, "--weights", "owner/name/x.pth")
+    assert "owner/name/x.pth (no file" in refused(capsys, "--weights", "owner/name/x.pth")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
