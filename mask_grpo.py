@@ -650,10 +650,10 @@ class Policy(nn.Module):
         return torch.cat(pictures)
 
 # --------------------------------------------------------------------------------------------------
-# 9. The shapes world: a small Phi, a decoder of tiles, and a base that is trained from scratch. The
-#    base is most confident about the background and leaves the objects for its last steps, which
-#    reveal 4 or 5 tokens at once, drawn independently. The trained policy commits early to one tile
-#    of each object, an anchor on whose shape, colour and place the later draws depend.
+# 9. The shapes world: a small Phi, a decoder of tiles, and a base trained from scratch. The base is
+#    most confident about the background and leaves the objects for its last steps, which reveal 4
+#    or 5 tokens at once, drawn independently. After RL (seed 0) the policy commits early to one
+#    tile of each object, an anchor on whose shape, colour and place the later draws depend.
 
 def shapes_policy(config) -> Policy:
     """A Policy with random weights. Its text tokens are the phrases of the shapes world."""
