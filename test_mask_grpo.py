@@ -852,6 +852,7 @@ def test_a_signal_finishes_the_update_and_a_second_does_not(tmp_path, monkeypatc
             signal.raise_signal(number)
 
     usual = signal.signal(number, own)
+    monkeypatch.setattr(os, "write", lambda *_: os.close(-1))       # an OSError: stderr is gone
     monkeypatch.setitem(R.REWARDS, "red", lambda device: after_calls(BEFORE + 1, interrupt))
     try:
         with pytest.raises(SystemExit if times == 1 else KeyboardInterrupt) as stop:
@@ -876,6 +877,7 @@ def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monke
     """Before a checkpoint is due. A resumed run goes on without measuring the base again."""
     error = SystemExit if failing == "NaN" else KeyError
     def bug(*_):
+        assert saved(tmp_path)["captions"]      # the folder is taken before the first update
         raise error("a bug of the reader's own")
     count, learn, evaluate = itertools.count(1), M.learn, M.evaluate
     with monkeypatch.context() as patch:
@@ -1526,11 +1528,11 @@ def files(folder):
     ("--weights no_such_file.pt", "no file or folder"), ("--prompts no_such.txt", "no_such.txt"),
     ("--prompts FILE", "FILE"), ("--prompts empty.txt", "there are none"),
     ("--prompts one.txt", "two"), ("--prompts x.csv", ".txt"), ("--prompts list.txt", ".txt"),
-    ("--prompts x.TSV", ".txt"), ("--prompts object.txt", ".txt"), ("--prompts late.txt", "dragon"),
+    ("--prompts x.TSV", ".txt"), ("--prompts dict.txt", ".txt"), ("--prompts late.txt", "dragon 9"),
     ("--prompts coco.json", "must be a list"), ("--prompts number.jsonl", "record 2"),
     ("--prompts broken.JSON", "JSONDecodeError"), ("--prompts half.json", "surrogates"),
     ("--prompts GOOD", "shapes world"), ("--weights cat.pt --generate GOOD", "shapes world"),
-    ("--out good.txt/out", "--out good.txt/out")])
+    ("--out good.txt/out", "--out good"), ("--weights cat.pt --width 32", "cat.pt (showo.")])
 def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
     """It names what is wrong, and nothing was begun."""
     (tmp_path / "FILE").write_bytes(b"\xff\x00 is neither text nor weights")
@@ -1538,10 +1540,10 @@ def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
     for name, text in {
             "good.txt": "a cat\na dog\n", "empty.txt": " \n\n", "one.txt": "a cat\na cat\n\n",
             "x.csv": "a cat\na dog", "x.TSV": "a cat\na dog", "list.txt": '["a cat", "a dog"]',
-            "object.txt": '{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "broken.JSON": "[",
+            "dict.txt": '{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "broken.JSON": "[",
             "coco.json": '{"annotations": [{"caption": "a cat"}, {"caption": "a dog"}]}',
             "number.jsonl": '{"prompt": "a cat"}\n3\n', "half.json": '["a \\ud800", "b"]',
-            "late.txt": "\n".join([*EVERY_CAPTION, "a dragon 1"])}.items():
+            "late.txt": "\n".join([*EVERY_CAPTION, *(f"a dragon {i}" for i in range(20))])}.items():
         (tmp_path / name).write_text(text)
     torch.save(M.shapes_policy(M.Config()).state_dict(), "cat.pt")
     monkeypatch.setattr(M, "pretrain", None)
