@@ -843,21 +843,20 @@ def test_a_finished_run_resumed_reports_its_base_and_its_trained_policy(tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_finishes_the_update_and_a_second_does_not(tmp_path, monkeypatch, number, times):
-    """In update 1. The handler that was there before is asked the second time, and is put back."""
-    def own(*_):
-        raise KeyboardInterrupt
-
+    """In update 1. The handlers from before are asked the second time, and are put back."""
     def interrupt():
         for _ in range(times):
             signal.raise_signal(number)
 
-    usual = signal.signal(number, own)
+    usual = signal.signal(number, signal.default_int_handler)       # raises KeyboardInterrupt
+    handlers = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
     monkeypatch.setattr(os, "write", lambda *_: os.close(-1))       # an OSError: stderr is gone
     monkeypatch.setitem(R.REWARDS, "red", lambda device: after_calls(BEFORE + 1, interrupt))
     try:
         with pytest.raises(SystemExit if times == 1 else KeyboardInterrupt) as stop:
             M.main(flags(out=tmp_path, reward="red"))
-        assert signal.getsignal(number) is own and len(saved(tmp_path)["rows"]) == 2 - times
+        assert handlers == [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
+        assert len(saved(tmp_path)["rows"]) == 2 - times
         assert times == 2 or "stopped after update 1" in stop.value.code
     finally:
         signal.signal(number, usual)
@@ -1853,6 +1852,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 def test_the_readmes_reward_and_the_model_above_run(own_model, tmp_path, monkeypatch):
     """Its code block and its command: trained, resumed, and sampled from."""
     own_model("my_model")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
     (tmp_path / "my_taste.py").write_text(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1])
     command = re.search(r"`(--model my_model:make .*?)`", README)[1].split()
     M.main([*flags(updates=6, lr=0.1, groups=4, out="out"), *command])
