@@ -111,7 +111,7 @@ class Trajectory(typing.NamedTuple):
     drawn: torch.Tensor             # (B, T, N) long  the draws at all positions, for `ar`
 
 def gumbel(shape, generator, device):
-    """Standard Gumbel noise: -log E, where E is exponential with mean 1"""
+    """Standard Gumbel noise, -log E where E is exponential with mean 1 -> tensor of this shape"""
     noise = torch.empty(shape, device=device).exponential_(generator=generator)
     return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf, and 0 * inf is NaN
 
@@ -148,7 +148,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         noise = temperature_left * gumbel((B, N), generator, logp.device)   # (B, N)
         noisy_confidence = token_logp + noise                               # (B, N)
 
-        # keep the masked positions with the highest noisy confidence
+        # keep the n_t masked positions with the highest noisy confidence
         candidates = noisy_confidence.masked_fill(revealed_at < t, -math.inf)       # (B, N)
         keep = candidates.topk(masked_before - masked_after).indices        # (B, n_t)
         tokens = tokens.scatter(1, keep, drawn.gather(1, keep))
@@ -324,7 +324,7 @@ class Groups(typing.NamedTuple):
     sampled: torch.Tensor           # (P', G)  rewards of all P' groups that were sampled
 
 def sample(policy, prompts, config, steps, generator, guidance=0.0) -> Trajectory:
-    """A rollout of B prompts, `rollout_batch` pictures at a time"""
+    """A rollout of B prompts, `rollout_batch` pictures at a time -> Trajectory of B pictures"""
     null_ids = policy.encode([""])                                          # (1, L_null)
     parts = []
     for ids in bar(policy.encode(prompts).split(config.rollout_batch), "sampling"):
