@@ -3,9 +3,9 @@
 
 GRPO is group relative policy optimisation. "Reinforcement Learning Meets Masked Generative Models"
 (Luo et al., 2025, arXiv 2510.13418v2; `Eq. n` cites its equations) applies it to models that work
-as follows. A picture is a grid of N tokens, the codes of small patches. At first all are MASK. Each
-of T steps draws a token at every masked position, keeps the few draws with the highest confidence,
-and masks the rest of them again. The confidence of a draw is its log-probability under the model,
+as follows. A picture is a grid of N tokens, the codes of small patches. All begin as MASK. Each of
+T steps draws a token at every masked position, keeps the draws with the highest confidence, and
+masks the other positions again. The confidence of a draw is its log-probability under the model,
 and the sampler adds noise to it. One step that keeps two of four draws:
 
     position                    0       1       2       3
@@ -18,20 +18,20 @@ and the sampler adds noise to it. One step that keeps two of four draws:
 As a decision process, the *state* is the prompt and the partly masked picture. The *action* is the
 set of draws at all masked positions. The *next state* keeps those that rank highest. There is one
 *reward*, for the finished picture. Many actions lead to the same next state, because the draws at
-positions 1 and 3 are discarded. Learning needs the probability of such a step. There are three
-choices (section 2). `ar`, as in autoregressive models, is the probability of the action. `p1` sums
-over all actions with this outcome. `p2` uses the revealed tokens only. One update:
+positions 1 and 3 are discarded. GRPO needs the probability of a step. There are three definitions
+(section 2). `ar`, as in autoregressive models, is the probability of the action. `p1` sums over all
+actions with this next state. `p2` uses the revealed tokens only. One update:
 
   1. Sample G pictures for each of P prompts. Record each step. (section 1)
   2. Reward each picture. The filter replaces groups whose rewards hardly differ. (sections 3, 5)
   3. Compute each picture's advantage A within its group, Eq. 12. (section 3)
-  4. Compute ratio = p(step) under the current weights / under the old ones, Eq. 11. (section 2)
+  4. Compute ratio = p(step) now / p(step) under the weights that sampled, Eq. 11. (section 2)
   5. Maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus an optional KL
      penalty against the base, the model before this training, Eq. 10. (section 4)
 
 Without the clip, the filter, the division by the std and the KL, this is REINFORCE with the group's
-mean as its baseline. The method deviates from the paper's in four ways. `p1` is Eq. 14 with the
-sampler's noise (`p1_literal` is Eq. 14 as printed). The filter takes two rounds at most.
+mean as its baseline. This code deviates from the paper in four ways. `p1` is Eq. 14 with the
+sampler's noise (`p1_literal` is Eq. 14 as printed). Groups are replaced at most twice.
 The gradient norm is clipped. The loss can use a random subset of the steps, without bias.
 
 Dims: B = P * G pictures of P prompts (captions), N image tokens, K codes, T steps, L length of the
@@ -80,8 +80,8 @@ bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent w
 #    with N = policy.num_tokens and K = policy.codebook_size. A token is a code (0 to K - 1) or MASK
 #    (K). The sampler and the learner call it with different batches, so the logits of a picture
 #    must not depend on the other pictures, on padding, or on chance (dropout).
-#    Confidence sampling is a heuristic, not the model's joint distribution. So what is trained is
-#    the model *as this sampler uses it*. The policy itself comes in section 8.
+#    Confidence sampling is a heuristic: it does not draw from a joint distribution of the model. So
+#    what is trained is the model *as this sampler uses it*. The policy itself is in section 8.
 #    Sections 1 to 4 can be copied. They need torch, F, math, itertools, typing and deque.
 
 def mask_schedule(T: int, N: int) -> list[int]:
@@ -120,8 +120,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
             generator=None) -> Trajectory:
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps
 
-    Codes are always drawn at temperature 1. `temperature` scales the noise of the ranking, which
-    varies the order of revealing. As in Show-o, step t multiplies what is left by 1 - (t + 1) / T.
+    Codes are always drawn at temperature 1. `temperature` scales the ranking noise, which varies
+    the order of revealing. As in Show-o, step t multiplies this scale by 1 - (t + 1) / T.
     For T = 12 and temperature 2 this gives 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
     With guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the empty prompt.
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
@@ -139,7 +139,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
             logits = (1 + guidance) * logits - guidance * uncond
         logp = F.log_softmax(logits, dim=-1)                                # (B, N, K)
 
-        # draw a code everywhere: the largest of log p + Gumbel noise is an exact sample of p
+        # draw a code everywhere: the argmax of log p + Gumbel noise is an exact sample of p
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
 
@@ -160,17 +160,17 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 # --------------------------------------------------------------------------------------------------
 # 2. The probability of a step. Step t reveals the positions U and masks the positions R again,
 #    although a code was drawn there, too. The noise does not depend on the weights, so it counts as
-#    part of the environment. It is recorded, and held fixed when the probability is computed.
+#    part of the environment. It is recorded, and the probability is the one *given the noise*.
 #
 #        formula      factor for U  factor for R                           the probability of
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw         the action      (Eq. 13)
-#        p1           p_i(y_i)      the chance to rank below all of U      the next state  (Eq. 14)
+#        p1           p_i(y_i)      the chance of ranking below all of U   the next state  (Eq. 14)
 #        p1_literal   p_i(y_i)      the same chance without the noise      (Eq. 14 as printed)
 #        p2           p_i(y_i)      1                                      the codes at U  (Eq. 15)
 #
 #    As an example, take two positions, two codes a and b, p_0 = (.7, .3) and p_1 = (.6, .4), where
 #    p_1 is the distribution at position 1. One position is kept. In the last column the noise is
-#    log 1.5 at position 1, whose probabilities then count 1.5 times in the ranking.
+#    log 1.5 at position 1, so the ranking multiplies its probabilities by 1.5.
 #
 #        draws    probability   kept, no noise        kept, with noise
 #        (a, a)   .7 * .6       0: a   (.7 > .6)      1: a   (.7 < .9)
@@ -185,21 +185,21 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        [b, MASK]    0                0                0            .3
 #        sum          1.00             1.00             1.00         2.0
 #
-#    p1 adds up all draws with the same outcome. The printed formula is right for a sampler without
-#    noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a distribution
-#    over next states. It is the probability of drawing these codes at U.
+#    p1 adds up all draws with the same next state. The printed formula is right for a sampler
+#    without noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a
+#    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a].
 #
-#    `ar` and p1 have the same mean gradient (Rao-Blackwell). Without noise, given [a, MASK], every
-#    draw at position 1 loses, so log p1 has gradient 0 on its logits. That of log ar is (.4, -.4)
-#    with probability .6, when a was drawn there, and (-.6, .6) with probability .4. So `ar`
-#    reinforces discarded codes. At ratio 1 these terms cancel on average, but they add variance.
+#    Averaged over the draws with one next state, the gradient of log ar is that of log p1 (Rao-
+#    Blackwell). Without noise, given [a, MASK], every draw at position 1 loses, so log p1 has
+#    gradient 0 in its logits. That of log ar is (.4, -.4) with probability .6, when a was drawn,
+#    and (-.6, .6) with .4. So `ar` reinforces discarded codes: at ratio 1 more variance, no bias.
 #
-#    The ranking is a comparison and has no gradient. Yet training can change the order of the
-#    positions, because confidence *is* log p. Tokens of good pictures become more probable, so they
-#    rank higher. p1's factor for R lowers the codes that would have outranked U.
+#    At fixed noise the ranking has no gradient (averaged over the noise it has; p1 leaves it out).
+#    Yet training can change the order, because confidence *is* log p. Tokens of good pictures rank
+#    higher as they become more probable, and p1's factor for R lowers codes that would outrank U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # stands in for log 0 when no code would lose; finite but negligible
+FLOOR = -60.0       # stands in for log 0 when no code would lose; exp(-60) is negligible
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
@@ -226,7 +226,7 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     if transition == "p2":
         return logp_revealed
     # The sampler compared noisy confidences, so both sides of this comparison carry the noise. The
-    # threshold, the lowest one kept, is recomputed under the weights that are being scored.
+    # threshold, the lowest one kept, is recomputed with the weights behind these logits.
     if noise is None or transition == "p1_literal":
         noise = torch.zeros_like(token_logp)                                # (B, N)
     threshold = (token_logp + noise).masked_fill(~revealed, math.inf).amin(-1)      # (B,)
@@ -247,14 +247,14 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
 # --------------------------------------------------------------------------------------------------
 # 3. The advantage: how much better a picture is than the others of its group. Subtracting a number
 #    that does not depend on the picture leaves the expected gradient as it is, because grad log p
-#    has mean 0. The group's mean nearly is such a number. It estimates how hard the caption is, so
-#    no value network is needed. All T steps share one advantage: nobody knows which is to blame.
+#    has mean 0 (for `ar` and p1). The group's mean is nearly such a number. It estimates how hard
+#    the caption is, so no value network is needed. All T steps share the picture's advantage.
 
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
 
-    Dividing by the std (n - 1 in it) lets captions weigh alike, but it turns tiny differences into
-    full-size ones. Dr. GRPO (arXiv 2503.20783) does not divide. eps keeps rounding errors small.
+    Dividing by the std (with G - 1) weights captions equally, but it turns tiny differences into
+    large ones. Dr. GRPO (arXiv 2503.20783) does not divide. eps keeps rounding errors small.
     rewards (P, G) -> (P, G)
     """
     centred = rewards - rewards.mean(1, keepdim=True)                       # (P, G)
@@ -271,7 +271,7 @@ class SampleFilter:
         self.quantile, self.at_least, self.history = quantile, at_least, deque(maxlen=window)
 
     def keep(self, std):
-        """Which groups to learn from; all stds are recorded: std (P,) -> (P,) bool"""
+        """Which groups to learn from. All stds are recorded. std (P,) -> (P,) bool"""
         keep = torch.ones_like(std, dtype=torch.bool)                       # (P,)
         if self.quantile > 0 and len(self.history) >= self.at_least:
             keep = (std >= torch.tensor(self.history).quantile(self.quantile)) & (std > 0)
@@ -283,7 +283,7 @@ class SampleFilter:
 #    is always 1, and the loss (without a KL) is minus the mean advantage, 0 by construction. But
 #    logp_old is a constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
 
-# Two factors at FLOOR in logp_old would give exp(120), inf in float32. Beyond this limit the
+# Two factors at FLOOR in logp_old would give over exp(100), inf in float32. Beyond this limit the
 # gradient is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
 
@@ -303,18 +303,18 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r with r = p_ref / p. It is never < 0
 
-    For p2 and p1_literal, which are not sampling probabilities, it is only a penalty. Its expected
-    gradient, with the samples held fixed, is that of the reverse, KL(p_ref || p).
+    For p2 and p1_literal, which are not sampling probabilities, it is only a penalty. Because the
+    samples are held fixed, its expected gradient is that of the reverse, KL(p_ref || p).
     logp, logp_ref (M,) -> (M,)
     """
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                  # (M,)
     return log_ratio.exp() - 1 - log_ratio
 
 # --------------------------------------------------------------------------------------------------
-# 5. One update. It samples P * G pictures or more, T forward passes each. Then it takes a forward
+# 5. One update. It samples P * G pictures or more, by T forward passes each. Then it runs a forward
 #    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
-#    Training uses no guidance. A guided policy would sample, but the gradient would be that of the
-#    plain one (flow_grpo's issue 224 reports a collapse). So rewards are lower than in evaluation.
+#    Training uses no guidance. With it, a guided policy would sample, but the plain one would be
+#    trained (issue 224 of the repository flow_grpo reports a collapse).
 
 class Groups(typing.NamedTuple):
     """What an update learns from. Prompts and pictures are ordered group by group."""
@@ -356,8 +356,8 @@ def sample_groups(policy, reward_fn, captions, sample_filter, config, generator)
 def choose_steps(B, T, config, generator):
     """The steps that the loss uses -> (M, 2) long, pairs of a picture and a step
 
-    k random steps of each picture, new in every update, estimate Eq. 10's mean over all T without
-    bias. The first or last k (the paper's computational reduction) optimise those steps only.
+    k random steps per picture, new in every update, estimate Eq. 10's mean over all T without bias.
+    With the first or last k (the paper's computational reduction), only those steps are optimised.
     """
     k, device = config.score_steps or T, generator.device
     steps = torch.arange(T, device=device).expand(B, T)                     # (B, T)
@@ -380,7 +380,7 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
         for i, chunk in enumerate(bar(pairs.split(config.micro_batch), "learning")):
             b, t = chunk.unbind(1)                                          # (m,) each
             logp = replay_logprob(policy, prompt_ids, trajectory, b, t, config.transition)
-            if epoch == 0:      # no step since sampling, so this is p_old for free
+            if epoch == 0:      # the weights have not moved since sampling, so this is p_old
                 logp_old.append(logp.detach())
             loss, numbers = grpo_loss(logp, logp_old[i], advantage[b], config.clip_low,
                                       config.clip_high)                     # (m,)
@@ -403,11 +403,11 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
     return log
 
 # --------------------------------------------------------------------------------------------------
-# 6. The training loop, after its set-up. Mistakes show before any long work.
+# 6. The training loop, after its set-up. Mistakes in the input show before any long work.
 
 def train(config: "Config"):
     """Load or make the base, then train it -> the rows of metrics.csv"""
-    out = pathlib.Path(config.out).absolute()   # a reward may change the directory
+    out = pathlib.Path(config.out).absolute()   # a reward may call os.chdir
     device = torch.device(config.device)
 
     # the captions to train on, all categories equally often, and those to hold out
@@ -480,7 +480,7 @@ def train(config: "Config"):
             if evaluated:
                 after = evaluate(policy, measure, splits, config, f"update {update}")
                 rows[-1]["heldout"] = after["scores"][1].mean().item()
-            stop = bool(signals)                # a later signal ends the next update
+            stop = bool(signals)                # a later signal acts one update later
             if evaluated or stop:
                 save()
             lines = [",".join(map(str, x)) for x in (rows[0].keys(), *(r.values() for r in rows))]
@@ -513,15 +513,15 @@ def train(config: "Config"):
 class Config:
     """All settings of a run. The defaults are for the shapes world; SHOWO has those of Show-o."""
     # task
-    model: str = ""                 # a Show-o (hub id or folder) or MODULE:FUNCTION; "": shapes
+    model: str = ""                 # Show-o (hub id or folder) or MODULE:FUNCTION; "": shapes
     vq_model: str = "showlab/magvitv2"   # Show-o's image decoder: hub id, folder or file
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
     reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
-    measure: str = ""               # a reward that evaluation reports; "": that of --reward
+    measure: str = ""               # the reward that evaluation reports; "": that of --reward
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings
-    generate: str = ""              # do not train: sample 4 pictures of each caption in this file
+    generate: str = ""              # do not train; sample 4 pictures per caption in this file
     device: str = ""                # cpu, cuda, mps, ...; "": an accelerator if there is one
     seed: int = 0                   # seeds the base, the choice of prompts and every draw
     # the shapes world's base
@@ -536,8 +536,8 @@ class Config:
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
     updates: int = 54               # rounds of sampling and learning
-    groups: int = 24                # P, prompts per update
-    group_size: int = 4             # G, pictures per prompt, at least 2
+    groups: int = 16                # P, prompts per update; this and G are the paper's
+    group_size: int = 6             # G, pictures per prompt, at least 2
     divide_by_std: bool = True      # divide advantages by the std (Eq. 12), or not (Dr. GRPO)
     inner_epochs: int = 1           # passes over each rollout; after the first, the ratio is not 1
     clip_low: float = 0.1           # the ratio is clipped below 1 - this
@@ -545,8 +545,8 @@ class Config:
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
     score_steps: int = 0            # k, how many of each picture's T steps the loss uses; 0: all
     reduction: str = "random"       # which k steps: random, or the paper's first or last
-    filter_quantile: float = 0.1    # groups whose reward std is below this quantile are resampled
-    filter_tries: int = 2           # rounds of replacing vanished groups, at most, per update
+    filter_quantile: float = 0.1    # groups whose reward std is below this quantile are replaced
+    filter_tries: int = 2           # maximum rounds of replacing vanished groups per update
     # optimisation and evaluation
     optimizer: str = "adamw"        # adamw, or adafactor with almost no optimizer state
     lr: float = 1.5e-3              # peak learning rate; smaller for larger policies
@@ -562,15 +562,15 @@ class Config:
     def __post_init__(self):
         here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
         self.device = self.device or here or "cpu"
-        for field in dataclasses.fields(self):      # a Path or a numpy number could not be resumed
+        for field in dataclasses.fields(self):      # torch.load refuses a Path or a numpy number
             setattr(self, field.name, field.type(getattr(self, field.name)))
 
 # --------------------------------------------------------------------------------------------------
 # 8. The policy is Show-o (Xie et al., 2024) or a small model like it. It is a Phi language model
 #    whose vocabulary also holds image codes, so that text and picture are one sequence. The decoder
-#    from codes to pixels is frozen. A policy of your own is an nn.Module with forward(prompt_ids,
-#    tokens) -> logits, encode(prompts) -> prompt_ids, decode(tokens) -> pictures, num_tokens N,
-#    codebook_size K and device.
+#    from codes to pixels is frozen. A policy of your own comes from a function (config, device). It
+#    is an nn.Module with num_tokens N, codebook_size K, device, and with encode, forward and decode
+#    as below; its logits must have the property of section 1.
 
 NUM_SPECIAL = 10    # ids between text and codes: pad, start and end of image (soi, eoi), tasks, ...
 
@@ -611,7 +611,7 @@ class Policy(nn.Module):
         return torch.tensor(rows, device=self.device)
 
     def attention_mask(self, prompt_ids):
-        """Omni-attention: text is causal and sees no picture; the picture sees all but pads
+        """Omni-attention: text is causal; the picture sees everything except pads
 
         0 where a query may look, very negative elsewhere: prompt_ids (B, L_text) -> (B, 1, L, L)
         """
@@ -646,14 +646,14 @@ class Policy(nn.Module):
         at_once = max(1, 4096 // self.num_tokens)           # 4 pictures of 512 x 512, for memory
         for codes in tokens.view(-1, side, side).split(at_once):                # (b, h, w)
             pixels = ((self.decoder(codes) + 1) / 2).clamp(0, 1) * 255          # (b, 3, H, W)
-            pictures.append(pixels.to(torch.uint8).permute(0, 2, 3, 1))     # truncates, as Show-o
+            pictures.append(pixels.to(torch.uint8).permute(0, 2, 3, 1))     # Show-o truncates
         return torch.cat(pictures)
 
 # --------------------------------------------------------------------------------------------------
 # 9. The shapes world: a small Phi, a decoder of tiles, and a base trained from scratch. The base is
-#    most confident about the background and leaves the objects for its last steps, which reveal 4
-#    or 5 tokens at once, drawn independently. After RL (seed 0) the policy commits early to one
-#    tile of each object, an anchor on whose shape, colour and place the later draws depend.
+#    most confident about the background. It begins 82% of the objects in its last three steps,
+#    which reveal 4 or 5 tokens each, drawn independently. After RL, this share is 7%, and the
+#    first step reveals a tile of an object, which all later draws see (assets/study.md).
 
 def shapes_policy(config) -> Policy:
     """A Policy with random weights. Its text tokens are the phrases of the shapes world."""
@@ -662,22 +662,22 @@ def shapes_policy(config) -> Policy:
         hidden_size=config.width, intermediate_size=config.width, hidden_act="relu",
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
-        attn_implementation="eager",        # for so few tokens faster than sdpa on a CPU
+        attn_implementation="eager",        # faster than sdpa for so few tokens on a CPU
         # neighbours are only 1 or 6 apart, so RoPE rotates the whole head, at higher frequencies
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
 
     def tokenize(caption):
         if caption and caption not in reward.WANTED:
-            sys.exit(f"mask_grpo.py: the shapes world has no {caption!r}; others need --model")
+            sys.exit(f"mask_grpo.py: {caption!r} is not in the shapes world; use --model")
         return [1 + reward.PHRASES.index(phrase) for phrase in reward.phrases(caption)]
 
-    def paint(codes):                       # a tile of p x p pixels each; + 0.5: decode truncates
+    def paint(codes):                       # p x p pixels per tile; + 0.5 because decode truncates
         tiles = (reward.TILES.to(codes.device)[codes] + 0.5) / 127.5 - 1    # (B, h, w, p, p, 3)
         tiles = tiles.movedim(-1, 3).flatten(3).movedim(-1, 1)              # (B, 3 * p * p, h, w)
         return F.pixel_shuffle(tiles, reward.TILE)                          # (B, 3, h * p, w * p)
 
     policy = Policy(phi, tokenize, 0, paint, reward.GRID ** 2, reward.CODEBOOK_SIZE)
-    # a learned vector per place, counted from the end, because prompts vary in length; with RoPE
+    # a learned position embedding, counted from the end, because prompts vary in length; with RoPE
     # alone, a model this small takes longer to learn where each object belongs
     embedding = policy.showo.model.embed_tokens = nn.Embedding(phi.vocab_size, config.width)
     embedding.place = nn.Parameter(torch.empty(192, config.width))
@@ -713,7 +713,7 @@ def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
             print(f"pretrain {i + 1}/{total} | cross-entropy {loss.item():.3f}", flush=True)
 
 def load_base(policy, config, folder):
-    """Load the base from a folder, or pretrain it. Its file is named by all that it depends on."""
+    """Load the base from a folder, or pretrain it. Its file name lists all that it depends on."""
     path = folder / f"base-{config.seed}-{config.width}-{config.layers}-{config.pretrain_steps}.pt"
     if not path.exists():
         pretrain(policy, config)
@@ -723,12 +723,12 @@ def load_base(policy, config, folder):
 # --------------------------------------------------------------------------------------------------
 # 10. Show-o as a policy: the published weights in the class of section 8, and MAGVIT-v2's decoder.
 
-# Defaults for Show-o, 512 x 512: the paper's group size, T, learning rate and batch, the released
-# code's reward, warm-up and guidance. w = 5 is 6 in the other convention, uncond + w (cond -
-# uncond). 625 updates draw 10,000 captions, as many as its file has. Prompts are not rewritten.
+# Defaults for Show-o, 512 x 512: the paper's T and learning rate, the released code's reward,
+# warm-up and guidance. w = 5 is 6 in the other convention, uncond + w (cond - uncond). 625 updates
+# draw 10,000 captions, the size of the paper's file. Prompts are not rewritten.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, temperature=1.0, guidance=5.0, updates=625,
-             groups=16, group_size=6, lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8,
-             checkpointing=True, eval_every=10, eval_pictures=64)
+             lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
+             eval_every=10, eval_pictures=64)
 
 class MagvitDecoder(nn.Module):
     """The decoder of MAGVIT-v2 (Yu et al., 2023) as Show-o publishes it, names of modules included
@@ -746,7 +746,7 @@ class MagvitDecoder(nn.Module):
         self.mid = janus.JanusVQVAEMidBlock(config, channels[-1])
         self.up = nn.ModuleList()
         for level, (c, count) in enumerate(zip(channels, (4, 4, 3, 4, 3))):
-            before = [channels[min(level + 1, 4)]] + [c] * (count - 1)          # from the coarser
+            before = [channels[min(level + 1, 4)]] + [c] * (count - 1)          # input channels
             blocks = [janus.JanusVQVAEResnetBlock(config, b, c) for b in before]
             self.up.append(nn.ModuleDict({"block": nn.Sequential(*blocks)}))
             if level > 0:
@@ -803,7 +803,7 @@ def load_showo(model, vq_model="showlab/magvitv2", weights="", device="cpu") -> 
 
     tokenize = functools.partial(tokenizer.encode, add_special_tokens=False, verbose=False)
     vq = {name: x for name, x in read_weights(vq_model).items() if name.startswith("decoder.")}
-    with torch.device("meta"):                  # without storage: the files bring it
+    with torch.device("meta"):                  # no storage; the loaded weights replace it
         policy = Policy(phi, tokenize, tokenizer.bos_token_id,
                         MagvitDecoder().requires_grad_(False), config["num_vq_tokens"], K)
     policy.showo.model.rotary_emb = type(policy.showo.model.rotary_emb)(phi)    # is in no file
@@ -841,7 +841,7 @@ def make_optimizer(policy, config):
     groups = [{"params": [p for p in trained if p.dim() > 1]},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":     # with this eps, steps are not relative to the weights
+    if config.optimizer == "adafactor":     # with this eps, steps do not scale with the weights
         return torch.optim.Adafactor(groups, eps=(None, 1.0), foreach=False, **common)
     on_gpu = policy.device.type == "cuda"
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu, **common)
@@ -850,7 +850,7 @@ def set_lr(optimizer, peak, i, warmup, total):
     """The learning rate of update i = 0, 1, ...: a linear warm-up times a cosine to 0 -> float"""
     cosine = (1 + math.cos(math.pi * min(1.0, i / total))) / 2
     lr = peak * (min(1.0, (i + 1) / (warmup + 1)) * cosine)
-    for group in optimizer.param_groups:        # by hand: there is no scheduler to restore wrongly
+    for group in optimizer.param_groups:        # by hand, so that no scheduler has to be restored
         group["lr"] = lr
     return lr
 
@@ -893,7 +893,7 @@ def evaluate(policy, measure, splits, config, title):
 def finish_update_first(save):
     """Ctrl-C and SIGTERM let the update finish; a second one acts as usual -> list of the signals
 
-    A failure saves, too. With several inner epochs, the failed update may then be partly applied.
+    It saves on errors, too. With several inner epochs, a failed update may be partly applied.
     """
     signals, usual = [], {}
 
@@ -915,7 +915,7 @@ def finish_update_first(save):
             signal.signal(number, handler)
 
 def generate(config: Config):
-    """4 pictures of each caption of a file, in GenEval's layout. Each caption has its own noise."""
+    """4 pictures per caption in a file, in GenEval's layout. Each caption has its own noise."""
     out, records = pathlib.Path(config.out).absolute(), reward.read_captions(config.generate)
     if out.exists() and not config.resume:
         sys.exit(f"mask_grpo.py: {out} exists; --resume continues it, another --out starts anew")
@@ -924,7 +924,7 @@ def generate(config: Config):
     policy.encode([record["prompt"] for record in records])     # a word may be unknown
     for i, record in enumerate(bar(records, "captions")):
         folder = out / f"{i:05d}"
-        if (folder / "metadata.jsonl").exists():    # it is written last: done before a --resume
+        if (folder / "metadata.jsonl").exists():    # written last, so this caption is done
             continue
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         seed = zlib.crc32(f"{config.seed} {i}".encode())        # on a CPU seeds have 32 bits
@@ -942,11 +942,11 @@ MAY_CHANGE = {"updates", "device", "out", "resume", "rollout_batch", "micro_batc
 MAY_BE_0 = {"seed", "pretrain_steps", "score_steps", "filter_tries", "warmup"}  # other ints: 1
 
 def parse(argv=None) -> Config:
-    """The settings of a command line. With --resume they are the checkpoint's, except a few."""
+    """The settings of a command line. With --resume, most are those of the checkpoint."""
     flags = {field: "--" + field.replace("_", "-") for field in Config.__dataclass_fields__}
     text = (f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\nThe flags are "
             f"fields of Config: clip_low is --clip-low.\n\n{inspect.getsource(Config)}\n"
-            "A Show-o starts from SHOWO, in section 10.")
+            "Show-o's defaults are SHOWO, in section 10.")
     parser = argparse.ArgumentParser(
         "mask_grpo.py", argparse.SUPPRESS, text, argument_default=argparse.SUPPRESS,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 #    with the quarters in reading order. The four tiles of an object are cut from one drawing, so a
 #    quarter in the wrong place can be seen.
 
-SHAPES = {"circle": 64, "square": 4, "triangle": 3, "star": 10}     # polygons: corners of each
+SHAPES = {"circle": 64, "square": 4, "triangle": 3, "star": 10}     # corners of each polygon
 COLORS = {"red": (214, 64, 58), "green": (46, 158, 91), "blue": (52, 104, 206)}
 BACKGROUND = (248, 246, 240)
 OBJECTS = list(itertools.product(SHAPES, COLORS))   # object o is the pair (shape, colour)
@@ -65,9 +65,9 @@ CELLS = torch.from_numpy(np.stack([*(draw_object(*o) for o in OBJECTS), np.full(
 TILES = CELLS.view(-1, 2, TILE, 2, TILE, 3).transpose(2, 3).flatten(0, 2)[:-3].roll(1, 0)
 
 # --------------------------------------------------------------------------------------------------
-# 2. Captions, and a correct picture for each. Some are held out from training. Captions with the
-#    same meaning ("a star left of a circle", "a circle right of a star") go to the same split, so
-#    the held-out captions are not mere rewordings of the others.
+# 2. Captions, and a correct picture for each. Some captions are held out from RL, though not from
+#    pretraining. Captions with the same meaning ("a star left of a circle", "a circle right of a
+#    star") are in the same split, so the held-out ones are not mere rewordings of the others.
 
 NUMBERS = {"two": 2, "three": 3}
 # where the second object is, seen from the first: (rows down, columns to the right)
@@ -99,20 +99,20 @@ WANTED = {caption: (wanted, relation) for caption, *_, wanted, relation in all_c
 
 def phrases(caption):
     """The text tokens of a small policy: "a star and a circle" -> ["a star", "and a circle"]"""
-    return re.split(f" (?=and|{'|'.join(RELATIONS)})", caption) if caption else []
+    before = f" (?=and|{'|'.join(RELATIONS)}|[a-z]+s$)"         # a plural follows its number
+    return re.split(before, caption) if caption else []
 
 PHRASES = sorted({phrase for caption in WANTED for phrase in phrases(caption)})
 
 def captions(heldout):
     """The training captions, or the held-out ones: category -> list[str]
 
-    A quarter of the meanings of each category is held out, chosen by a checksum, not by hand.
+    Every fifth meaning of a category is held out. All its text tokens occur in training captions.
     """
     chosen = {}
     for category in CATEGORIES:
         mine = [(meaning, caption) for caption, c, meaning, *_ in all_captions() if c == category]
-        ordered = sorted({meaning for meaning, _ in mine}, key=lambda m: zlib.crc32(m.encode()))
-        held = ordered[:-(-len(ordered) // 4)]                              # rounded up
+        held = sorted({meaning for meaning, _ in mine})[::5]
         chosen[category] = [caption for m, caption in mine if (m in held) == heldout]
     return chosen
 
@@ -141,7 +141,7 @@ def draw_scene(caption, rng: random.Random):
     return codes.flatten().tolist()
 
 def draw_pairs(n, rng: random.Random):
-    """n captions from both splits, and a correct picture of each -> list, (n, N) long"""
+    """n captions from both splits, and a correct picture for each -> list, (n, N) long"""
     splits = [captions(heldout) for heldout in (False, True)]
     prompts = [rng.choice([caption for split in splits for caption in split[category]])
                for category in rng.choices([*CATEGORIES], CATEGORIES.values(), k=n)]
@@ -173,7 +173,7 @@ def agreement(cells, caption):
     wanted, relation = WANTED[caption]
     found = {cell: OBJECTS[o] for cell, o in enumerate(cells.tolist()) if o >= 0}
     places = [[cell for cell, (s, c) in found.items() if s == shape and color in (None, c)]
-              for _, color, shape in wanted]        # for each phrase, the cells that answer it
+              for _, color, shape in wanted]        # for each phrase, the cells that match it
     correct = sum(min(count, len(here)) for (count, _, _), here in zip(wanted, places))
     drawn = int((cells != EMPTY).sum())
     share = correct / max(drawn, sum(count for count, _, _ in wanted))
@@ -184,8 +184,8 @@ def agreement(cells, caption):
 def shapes_reward(images, prompts):
     """How well pictures agree with their captions: PIL images (B), captions (B) -> (B,) in [0, 1]
 
-    It is graded. A reward of only 0 or 1 would leave many groups of the harder captions without a
-    single correct picture, and so without anything to learn from.
+    It is graded. With a reward of only 0 or 1, many groups of the harder captions would have no
+    correct picture, and therefore nothing to learn from.
     """
     return torch.tensor([agreement(c, p) for c, p in zip(look(images), prompts)])
 
@@ -227,7 +227,7 @@ def hpsv2(device, model="ViT-H-14", pretrained=None):
     return clip(device, model, pretrained, scale=1)
 
 def pickscore(device, model="yuvalkirstain/PickScore_v1"):
-    """PickScore v1 (Kirstain et al., 2023): a CLIP tuned on them, too, published for transformers
+    """PickScore v1 (Kirstain et al., 2023): a CLIP tuned on human preferences, for transformers
 
     ValueError if the file lacks weights, which transformers would fill with random numbers.
     """
@@ -252,14 +252,14 @@ REWARDS = {"shapes": lambda device: shapes_reward, "clip": clip, "hpsv2": hpsv2,
 STRICT = {shapes_reward: shapes_correct}
 
 # --------------------------------------------------------------------------------------------------
-# 5. A reward by its name, and a reward at work.
+# 5. Loading a reward by name, and applying it.
 
 @contextlib.contextmanager
 def blame(what):
     """If an error occurs inside, ends the program with one line: `what`, and the reason
 
-    It is for errors in files, names and downloads. It never surrounds a reward or a model of the
-    reader's own, whose bugs keep their tracebacks.
+    It is for errors in files, names and downloads. It never wraps a user's own reward or model,
+    because bugs there should keep their tracebacks.
     """
     try:
         yield
@@ -268,10 +268,10 @@ def blame(what):
         raise SystemExit(f"mask_grpo.py: {what}: {why[:400]}") from None
 
 def find_function(spec):
-    """MODULE:FUNCTION of the reader's own -> the function"""
+    """A user's MODULE:FUNCTION -> the function"""
     module, _, name = spec.partition(":")
     if not importlib.util.find_spec(module) or not hasattr(importlib.import_module(module), name):
-        raise SystemExit(f"mask_grpo.py: {spec}: there is no module {module} with a {name}")
+        raise SystemExit(f"mask_grpo.py: {spec}: found no module {module} with a {name}")
     return getattr(importlib.import_module(module), name)
 
 def load_reward(spec, device=torch.device("cpu")):
@@ -327,7 +327,7 @@ def read_captions(path):
             prompt = record.get("prompt", record.get("caption"))
             if not isinstance(prompt, str):
                 raise ValueError(f"record {i} is not a string and has no `caption` or `prompt`")
-            prompt.encode()                         # raises for half a surrogate pair
+            prompt.encode()                         # raises for a lone surrogate
             captions += [{**record, "prompt": prompt.strip()}] if prompt.strip() else []
         if not captions:
             raise ValueError("there are none")
@@ -336,7 +336,7 @@ def read_captions(path):
 def split_captions(path=""):
     """The training captions and the held-out captions -> 2 dicts, category -> list[str]
 
-    A tenth of a file is held out, 64 captions at most, chosen by a checksum: the same ones in every
+    A tenth of a file is held out, at most 64 captions, chosen by a checksum: the same ones in every
     run. Without a file they are the captions of the shapes world.
     """
     if not path:

@@ -5,9 +5,9 @@
 against a calculation by hand, an enumeration or a simulation.
 """
 import collections
-import contextlib
 import csv
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -19,6 +19,8 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import types
@@ -27,7 +29,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -58,11 +60,11 @@ def shapes(**settings):
     return M.make_policy(tiny(**settings), torch.device("cpu"))
 
 def same(one, two):
-    """Whether two lists of tensors are equal, bit by bit."""
+    """Whether two lists of tensors are bitwise equal."""
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 class TablePolicy:
-    """The least that a policy must answer to. Its logits depend on the whole state."""
+    """The least that a policy must provide. Its logits depend on the whole state."""
     def __init__(self, N=6, K=5, seed=0, scale=1.0):
         self.num_tokens, self.codebook_size, self.states = N, K, []
         self.own = scale * torch.randn(N, K, generator=seeded(seed))
@@ -78,13 +80,6 @@ def sample(policy, B=8, steps=4, seed=0, **more):
     nothing = torch.zeros(B, 1, dtype=torch.long)
     return M.rollout(policy, nothing, steps, generator=seeded(seed), **more)
 
-def replay(policy, ids, path, transition):
-    """The log-probability of every step of a trajectory: (B, T)"""
-    B, T, _ = path.noise.shape
-    b, t = torch.cartesian_prod(torch.arange(B), torch.arange(T)).unbind(1)
-    with torch.no_grad():
-        return M.replay_logprob(policy, ids, path, b, t, transition).view(B, T)
-
 @pytest.fixture(scope="module")
 def policy():
     """A small Policy that the tests only read."""
@@ -99,10 +94,8 @@ def test_schedule_equals_the_published_samplers():
     assert schedule[-4:] == [96, 64, 32, 0]
     assert M.mask_schedule(16, 256) == [254, 251, 244, 236, 225, 212, 197, 181, 162, 142, 120, 97,
                                         74, 49, 25, 0]
-    assert (M.mask_schedule(12, 36)[7], M.mask_schedule(18, 36)[11], M.mask_schedule(6, 16)[3]) == (
-        17, 17, 7)
+    assert M.mask_schedule(12, 36)[7] == 17
     assert M.mask_schedule(4, 16) == [14, 11, 6, 0] and M.mask_schedule(1, 9) == [0]
-    assert M.mask_schedule(14, 36)[0] == 35 and M.mask_schedule(14, 36)[6] == 36 - 11
 
 @pytest.mark.parametrize("N", [1, 5, 36, 256])
 def test_every_step_of_every_schedule_reveals_a_token(N):
@@ -126,12 +119,13 @@ def test_every_position_is_revealed_once_and_counts_follow_the_schedule(N, T):
     assert path.noise.isfinite().all()
 
 def test_replayed_states_are_the_states_acted_in():
-    """The policy remembers what it was shown, and the replay must show the same."""
-    table = TablePolicy(N=8)
-    path = sample(table, B=5)
+    """The policy remembers what it was shown, and the replay must show the same. Prompts are only
+    counted and indexed, so embeddings (B, L, D) serve as well as ids (B, L)."""
+    table, prompts = TablePolicy(N=8), torch.randn(5, 3, 4)
+    path = M.rollout(table, prompts, 4, generator=seeded(0))
     acted, table.states = table.states, []
     for t in range(4):
-        M.replay_logprob(table, path.tokens, path, torch.arange(5), torch.full((5,), t), "ar")
+        M.replay_logprob(table, prompts, path, torch.arange(5), torch.full((5,), t), "ar")
     assert all(torch.equal(a, b) for a, b in zip(acted, table.states, strict=True))
     assert (acted[0] == 5).all() and (acted[3] == 5).any()
 
@@ -157,7 +151,7 @@ def test_noise_is_gumbel_and_its_temperature_compounds():
     assert same(one, again) and not torch.equal(one.tokens, other.tokens)
 
 def test_gumbel_noise_is_finite_at_both_ends(monkeypatch):
-    """An exponential can be 0; the log of that must not get through, but that of 1e-12 must."""
+    """An exponential can be 0. Its log is clamped, but that of 1e-12 is not."""
     ends = torch.tensor([0.0, 1e-12, 0.5, math.inf])
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: self.copy_(ends))
     noise = M.gumbel((4,), None, "cpu")
@@ -166,38 +160,18 @@ def test_gumbel_noise_is_finite_at_both_ends(monkeypatch):
 def test_guidance_is_one_plus_w_conditional_minus_w_unconditional_in_float32():
     """From bf16 logits: a policy with these logits in float64 samples the same."""
     conditional, empty = TablePolicy(36, 64, seed=1), TablePolicy(36, 64, seed=2)
-    class Both(TablePolicy):
-        """The one for prompt 0, the other for prompt -1, in half precision."""
+    def both(prompt_ids, tokens):
+        return (empty if prompt_ids[0, 0] < 0 else conditional)(prompt_ids, tokens).bfloat16()
 
-        def __call__(self, prompt_ids, tokens):
-            return (empty if prompt_ids[0, 0] < 0 else conditional)(prompt_ids, tokens).bfloat16()
+    def guided(prompt_ids, tokens):             # what guidance should make of the two
+        one, two = (x(None, tokens).bfloat16().double() for x in (conditional, empty))
+        return (1 + w) * one - w * two
 
-    class Guided(TablePolicy):
-        """What guidance should make of the two."""
-
-        def __call__(self, prompt_ids, tokens):
-            one, two = (x(None, tokens).bfloat16().double() for x in (conditional, empty))
-            return (1 + self.w) * one - self.w * two
-
-    for Guided.w in (0.5, 5.0):
-        path = sample(Both(36, 64), 50, guidance=Guided.w, null_ids=torch.full((50, 1), -1))
-        assert path.noise.dtype == torch.float32 and same(path, sample(Guided(36, 64), 50))
-    assert not torch.equal(path.tokens, sample(conditional, 50).tokens)
-
-def test_a_policy_that_gives_mask_a_logit_is_refused():
-    """With K + 1 logits MASK could be drawn, and what is drawn would not be a picture."""
-    table = TablePolicy(K=5)
-    table.codebook_size = 4
-    with pytest.raises(AssertionError, match=r"\(8, 6, 5\).*\(8, 6, 4\)"):
-        sample(table)
-
-def test_prompts_may_be_embeddings():
-    """A rollout and a replay only count and index them: (B, L, D) serves as well as (B, L)."""
-    table = TablePolicy()
-    vectors = torch.randn(8, 3, 4)
-    path = M.rollout(table, vectors, 4, generator=seeded(0))
-    assert same(path, sample(table))
-    assert torch.equal(replay(table, vectors, path, "p1"), replay(table, path.tokens, path, "p1"))
+    for function in (both, guided):
+        function.num_tokens, function.codebook_size = 36, 64
+    for w in (0.5, 5.0):
+        path = sample(both, 50, guidance=w, null_ids=torch.full((50, 1), -1))
+        assert path.noise.dtype == torch.float32 and same(path, sample(guided, 50))
 
 # ---- 2. The probability of a step ----------------------------------------------------------------
 
@@ -232,99 +206,76 @@ def probability(logits, states, transition, noise=None, drawn=None):
     ("p1", None, [.70, .18, .12, 0]), ("p1", LIFT_1, [.28, .60, .12, 0]),
     ("p1_literal", LIFT_1, [.70, .18, .12, 0]), ("p2", LIFT_1, [.7, .6, .4, .3])])
 def test_the_example_in_the_text(transition, noise, expected):
-    """The columns of its table, and what a sampler does that goes through all draws."""
-    states = [(A, MASK), (MASK, A), (MASK, B), (B, MASK)]
-    got = probability(EXAMPLE, states, transition, noise)
+    """The columns of its table."""
+    got = probability(EXAMPLE, [(A, MASK), (MASK, A), (MASK, B), (B, MASK)], transition, noise)
     assert got.tolist() == pytest.approx(expected, abs=1e-6)
-    if transition == "p1":
-        truth = next_states(EXAMPLE[0], 1, None if noise is None else noise[0])
-        assert got.tolist() == pytest.approx([truth.get(state, 0) for state in states], abs=1e-6)
-
-def test_ar_is_the_probability_of_the_draws():
-    """Of those that are kept and of those that are discarded: .7 * .6 and .3 * .4."""
-    drawn = torch.tensor([[A, A], [B, B]])
-    got = probability(EXAMPLE, [(A, MASK), (MASK, B)], "ar", None, drawn)
-    assert got.tolist() == pytest.approx([.7 * .6, .3 * .4])
-    with pytest.raises(AssertionError, match="p3"):
-        probability(EXAMPLE, [(A, MASK)], "p3")
 
 def test_what_was_revealed_earlier_does_not_count():
-    """Position 0 was revealed in step 0, with a chance of .01; step 1 is that of the example."""
+    """Position 0 was revealed in step 0, with a chance of .01; step 1 is that of the example, where
+    `ar` counts the discarded draw, too. A fourth formula is refused."""
     logits = torch.cat([torch.tensor([[[0.01, 0.99]]]).log(), EXAMPLE], dim=1)  # (1, 3, 2)
     codes, step = torch.tensor([[A, A, B]]), torch.tensor([[0, 1, 2]])
     got = [M.transition_logprob(logits, codes, step, 1, name, None, codes).exp().item()
            for name in ("ar", "p1", "p2")]
     assert got == pytest.approx([.7 * .4, .7, .7])
+    with pytest.raises(AssertionError, match="p3"):
+        M.transition_logprob(logits, codes, step, 1, "p3")
 
 def test_rao_blackwell_in_the_example():
-    """Given [a, MASK] without noise: the gradient of log ar on the logits of position 1."""
-    logits, states = EXAMPLE.clone().requires_grad_(), [(A, MASK)]
-    gradients = [torch.autograd.grad(
-        probability(logits, states, "ar", None, torch.tensor([[A, code]])).log().sum(),
-        logits)[0][0, 1] for code in (A, B)]
-    assert gradients[0].tolist() == pytest.approx([.4, -.4], abs=1e-6)
-    assert gradients[1].tolist() == pytest.approx([-.6, .6], abs=1e-6)
-    assert (.6 * gradients[0] + .4 * gradients[1]).abs().max() < 1e-6
-    p1 = torch.autograd.grad(probability(logits, states, "p1").log().sum(), logits)[0][0, 1]
-    assert p1.abs().max() < 1e-6
+    """Given [a, MASK] without noise: the gradients on the logits of position 1."""
+    logits = EXAMPLE.clone().requires_grad_()
+    for name, code, expected in (("ar", A, [.4, -.4]), ("ar", B, [-.6, .6]), ("p1", A, [0, 0])):
+        chance = probability(logits, [(A, MASK)], name, None, torch.tensor([[A, code]]))
+        gradient, = torch.autograd.grad(chance.log().sum(), logits)             # (1, 2, 2)
+        assert gradient[0, 1].tolist() == pytest.approx(expected, abs=1e-6)
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("seed", range(5))
-def test_p1_without_noise_is_a_probability_and_p2_is_none(n, seed):
-    """3 tokens, 3 codes, all 27 draws: p1 is the chance of each next state. p2 sums to above 1."""
-    logits = torch.randn(3, 3, generator=seeded(seed))
-    truth = next_states(logits, n)
-    p1, p2 = (probability(logits, list(truth), transition) for transition in ("p1", "p2"))
-    assert torch.allclose(p1, torch.tensor(list(truth.values())), atol=1e-6)
-    assert p1.sum().item() == pytest.approx(1, abs=1e-5)
-    assert p2.sum().item() > 1.01
-
-@pytest.mark.parametrize("seed", range(5))
-def test_p1_given_the_noise_is_the_frequency_of_the_step(seed):
-    """Hold the noise; draw, rank and count. The literal formula is far off somewhere."""
-    generator, draws, n = seeded(seed), 200_000, 2
+def test_p1_given_the_noise_is_the_frequency_of_the_step(n, seed):
+    """Hold the noise, or have none; go through all 81 draws. p2 sums to above 1, and with noise the
+    literal formula is far off somewhere."""
+    generator = seeded(seed)
     logits, noise = torch.randn(4, 3, generator=generator), torch.randn(4, generator=generator)
-    drawn = torch.multinomial(logits.softmax(-1), draws, True, generator=generator)
-    confidence = logits.log_softmax(-1).gather(1, drawn).T + noise              # (draws, 4)
-    loser = confidence.argsort(1, descending=True)[:, n:]
-    states, counts = drawn.T.scatter(1, loser, -1).unique(dim=0, return_counts=True)
-    frequency = counts / draws
-    p1, literal = (probability(logits, states.tolist(), transition, noise)
-                   for transition in ("p1", "p1_literal"))
-    assert ((p1 - frequency).abs() < 5 * (p1 * (1 - p1) / draws).sqrt() + 1e-6).all()
-    assert (literal - frequency).abs().max() > 0.02
+    for held in (None, noise):
+        truth = next_states(logits, n, held)
+        frequency = torch.tensor(list(truth.values()))
+        p1, p2, literal = (probability(logits, list(truth), transition, held)
+                           for transition in ("p1", "p2", "p1_literal"))
+        assert torch.allclose(p1, frequency, atol=1e-6) and p2.sum() > 1.01
+        assert ((literal - frequency).abs().max() > 0.02) == (held is not None)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_gradient_of_p1_is_the_mean_of_that_of_ar(seed):
     """Rao-Blackwell: over all draws that leave one picture behind, ar differs from p1 by noise."""
     generator = seeded(seed)
-    logits = torch.randn(1, 3, 3, generator=generator).double().requires_grad_()
-    noise = torch.randn(1, 3, generator=generator).double()
+    logits = torch.randn(3, 3, generator=generator).double().repeat(27, 1, 1).requires_grad_()
+    noise = torch.randn(3, generator=generator).double().expand(27, 3)
     drawn = torch.cartesian_prod(*[torch.arange(3)] * 3)                        # (27, 3)
-    logp = logits.log_softmax(-1).expand(27, 3, 3).gather(2, drawn[..., None])[..., 0]
+    logp = logits.detach().log_softmax(-1).gather(2, drawn[..., None])[..., 0]  # (27, 3)
     step = (logp + noise < (logp + noise).amax(1, keepdim=True)).long()         # keep the surest
     state = drawn.where(step == 0, 3).unique(dim=0, return_inverse=True)[1]     # (27,) its number
-    ar, p1 = (torch.stack([torch.autograd.grad(M.transition_logprob(
-        logits, drawn[i:i + 1], step[i:i + 1], 0, name, noise, drawn[i:i + 1]), logits)[0].flatten()
-        for i in range(27)]) for name in ("ar", "p1"))                          # (27, 9) each
-    chance = logp.sum(1).exp().detach()[:, None]                                # (27, 1)
-    for same in torch.nn.functional.one_hot(state).T.bool():                    # (27,) each
-        mean = (ar[same] * chance[same]).sum(0) / chance[same].sum()
-        assert torch.allclose(mean, p1[same][0], atol=1e-10)
+    ar, p1 = (torch.autograd.grad(M.transition_logprob(
+        logits, drawn, step, 0, name, noise, drawn).sum(), logits)[0].flatten(1)
+        for name in ("ar", "p1"))                                               # (27, 9) each
+    chance = logp.sum(1).exp()[:, None]                                         # (27, 1)
+    for alike in torch.nn.functional.one_hot(state).T.bool():                    # (27,) each
+        mean = (ar[alike] * chance[alike]).sum(0) / chance[alike].sum()
+        assert torch.allclose(mean, p1[alike][0], atol=1e-10)
     assert (chance * ar.pow(2)).sum() > 1.2 * (chance * p1.pow(2)).sum()
 
 def test_what_was_sampled_is_possible_under_p1_but_not_always_as_printed():
     """The inner sum of the literal formula can be empty, which shows as its floor."""
     table = TablePolicy(N=12, K=4, scale=2.0)
     path = sample(table, 200, 6)
-    p1, literal = (replay(table, path.tokens, path, transition)
+    b, t = torch.cartesian_prod(torch.arange(200), torch.arange(6)).unbind(1)
+    p1, literal = (M.replay_logprob(table, path.tokens, path, b, t, transition)
                    for transition in ("p1", "p1_literal"))
     assert p1.min() > M.FLOOR / 2
     assert literal.min() < M.FLOOR / 2 and literal.isfinite().all()
 
 @pytest.mark.parametrize("transition", M.TRANSITIONS)
 def test_extreme_logits_leave_value_and_gradient_finite(transition):
-    """In bf16, up to 3000, and -inf (a reader's own top-k) at all three kinds of positions."""
+    """In bf16, up to 3000, and -inf (a user's top-k) at all three kinds of positions."""
     logits = (torch.randn(2, 6, 5, generator=seeded(0)) * 1000).bfloat16()
     step, tokens = torch.arange(6).expand(2, 6) % 3, torch.full((2, 6), 4)
     logits[:, :, 1:3] = -math.inf
@@ -337,27 +288,22 @@ def test_extreme_logits_leave_value_and_gradient_finite(transition):
 
 # ---- 3. The advantage and the filter -------------------------------------------------------------
 
-ROOT = 12 ** 0.5
-
 @pytest.mark.parametrize("rewards, divide, expected", [
     ([[1, 0, 0, 1]], True, [[.866, -.866, -.866, .866]]),                   # the docstring's
-    ([[1, 2, 3], [0, 0, 6]], True, [[-1, 0, 1], [-2 / ROOT, -2 / ROOT, 4 / ROOT]]),     # unbiased
-    ([[1, 2, 3], [11, 12, 13]], True, [[-1, 0, 1], [-1, 0, 1]]),            # each by its own mean
-    ([[1, 2, 3], [0, 0, 6]], False, [[-1, 0, 1], [-2, -2, 4]]),             # Dr. GRPO
-    ([[.3] * 6], True, [[0] * 6]), ([[.3] * 6], False, [[0] * 6])])         # nothing to learn
+    ([[1, 2, 3], [10, 10, 16]], True, [[-1, 0, 1], [-.577, -.577, 1.155]]), # unbiased
+    ([[1, 2, 3], [10, 10, 16]], False, [[-1, 0, 1], [-2, -2, 4]]),          # Dr. GRPO
+    ([[.3] * 6], True, [[0] * 6])])                                         # nothing to learn
 def test_advantage_by_hand(rewards, divide, expected):
-    """Mean 2 and std 1 for [1, 2, 3]; mean 2 and std sqrt 12 for [0, 0, 6]."""
+    """Mean 2 and std 1 for [1, 2, 3]; mean 12 and std sqrt 12 for [10, 10, 16]."""
     got = M.group_advantage(torch.tensor(rewards, dtype=torch.float32), divide)
     assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-3)
 
 @pytest.mark.parametrize("history, quantile, std, expected", [
     ([5] * 9 + [*range(1, 92)], 0.1, [0, 0.5, 50], [False, False, True]),   # the 10th percentile: 5
     ([0] * 50, 0.1, [0, 0.5], [False, True]),               # nothing is below 0, but 0 vanishes
-    ([0.5] * 40, 0.1, [0.5, 0.25], [True, False]),          # what lies on the quantile is kept
     ([1.0] * 31, 0.1, [0.1, 0.0], [True, True]),            # too short a history
-    ([100] * 40 + [1] * 512, 0.95, [1.0], [True]),          # the hundreds are forgotten, ...
+    ([100] * 40 + [1] * 512, 0.95, [1.0], [True]),          # hundreds are forgotten, 1 is not below
     ([100] * 40 + [1] * 472, 0.95, [1.0], [False]),         # but not before
-    ([5] * 10 + [1] * 30, 0.1, [1.0], [True]),              # what was dropped is remembered
     ([5.0] * 50, 0.0, [0, 1], [True, True])])               # switched off
 def test_the_filter_by_hand(history, quantile, std, expected):
     """Which groups are kept after a history of stds."""
@@ -381,7 +327,7 @@ def test_loss_is_zero_but_gradient_is_not():
     (1, 1.3, False), (1, 1.15, True), (1, 0.5, True),
     (-1, 0.5, False), (-1, 0.95, True), (-1, 1.3, True)])
 def test_clipping_stops_only_what_would_push_further_out(advantage, ratio, flows):
-    """Bounds .9 and 1.2: a good picture is not pushed above, a bad one not below; back is free."""
+    """Bounds .9 and 1.2: A > 0 is not pushed above, A < 0 not below; moving back is allowed."""
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
     loss, numbers = M.grpo_loss(logp, torch.zeros(1), torch.tensor([float(advantage)]), 0.1, 0.2)
     loss.sum().backward()
@@ -417,27 +363,19 @@ def test_two_impossible_factors_do_not_overflow_the_loss(advantage, log_ratio):
 # ---- 5. One update -------------------------------------------------------------------------------
 
 @pytest.fixture
-def batch_of(policy):
-    """Groups of 4 pictures and their advantage, for a given Config."""
-    def make(config, prompts=("a star", "two circles") * 2):
-        ids = policy.encode(prompts)
-        path = M.rollout(policy, ids, config.steps, generator=seeded(0))
-        return M.Groups([*prompts], path, None, None), torch.tensor([1.0, -1.0, 0.5, -0.5])
-    return make
-
-class Recorder(torch.optim.SGD):
-    """An optimizer that keeps the gradient it is given, and at learning rate 0 changes nothing."""
-    def step(self, closure=None):
-        """Note the gradient as one vector."""
-        parameters = self.param_groups[0]["params"]
-        self.seen = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        return super().step(closure)
+def batch(policy):
+    """Four pictures of two captions, and an advantage of each."""
+    prompts = ["a star", "two circles"] * 2
+    path = M.rollout(policy, policy.encode(prompts), 4, generator=seeded(0))
+    return M.Groups(prompts, path, None, None), torch.tensor([1.0, -1.0, 0.5, -0.5])
 
 def gradient(policy, config, batch, reference=None):
-    """What learn() hands to the optimizer, and its log."""
-    optimizer = Recorder(policy.parameters(), lr=0.0)
+    """What learn() hands to an optimizer that changes nothing, as one vector, and its log."""
+    optimizer, seen = torch.optim.SGD(policy.parameters(), lr=0.0), []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(
+        p.grad.flatten() for p in policy.parameters() if p.grad is not None))
     log = M.learn(policy, reference, optimizer, *batch, config, seeded(0))
-    return optimizer.seen, log
+    return torch.cat(seen), log
 
 def test_vanished_groups_are_replaced_and_the_tries_are_bounded(policy):
     """Every second group gets equal rewards: 4 are sampled, then 2, then 1. Or all of them do."""
@@ -501,12 +439,12 @@ def test_random_steps_differ_between_pictures_and_updates():
     assert max(abs(n - 200) for n in counts.values()) < 5 * (200 * 0.9) ** 0.5
 
 @pytest.mark.parametrize("transition", M.TRANSITIONS)
-def test_ratio_is_one_before_the_first_update_for_every_step(policy, transition):
+def test_ratio_is_one_before_the_first_update_for_every_step(transition):
     """In other batches, in any order and with gradients, the learner finds what the sampler did."""
-    ids, seen = policy.encode(["a red star", "two circles"] * 2), []
-    hook = policy.register_forward_hook(lambda *call: seen.append(call[-1]))
+    policy, seen = shapes(), []
+    ids = policy.encode(["a red star", "two circles"] * 2)
+    policy.register_forward_hook(lambda *call: seen.append(call[-1]))
     path = M.rollout(policy, ids, 4, generator=seeded(0))
-    hook.remove()
     old = torch.stack([M.transition_logprob(logits, path.tokens, path.revealed_at, t, transition,
                                             path.noise[:, t], path.drawn[:, t])
                        for t, logits in enumerate(seen)])                       # (T, B)
@@ -518,12 +456,12 @@ def test_ratio_is_one_before_the_first_update_for_every_step(policy, transition)
 @pytest.mark.parametrize("transition, beta, k, reduction, size", [
     ("p1", 0, 0, "random", 1), ("p1", 0, 0, "random", 999), ("p2", 0.7, 0, "random", 5),
     ("p2", 0.7, 2, "first", 3), ("ar", 0, 1, "last", 3), ("p1_literal", 0, 0, "first", 7)])
-def test_the_gradient_at_ratio_one_is_the_one_derived_by_hand(policy, batch_of, transition, beta, k,
+def test_the_gradient_at_ratio_one_is_the_one_derived_by_hand(policy, batch, transition, beta, k,
                                                               reduction, size):
     """Eq. 10, with one group kept of two asked for: each pair weighs 1 / (2 * 4 * steps used)."""
     config = tiny(transition=transition, beta=beta, max_grad_norm=1e9, micro_batch=size,
                   score_steps=k, reduction=reduction)
-    (groups, advantage), reference = batch_of(config), shapes(seed=5)
+    (groups, advantage), reference = batch, shapes(seed=5)
     ids, path = policy.encode(groups.prompts), groups.trajectory
     used = {"random": [0, 1, 2, 3], "first": [*range(k or 4)], "last": [*range(4 - (k or 4), 4)]}
     total, kls = 0, []
@@ -543,18 +481,17 @@ def test_the_gradient_at_ratio_one_is_the_one_derived_by_hand(policy, batch_of, 
     assert log["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-6)
     assert log.get("kl", 0) == pytest.approx(kl, rel=1e-3) and log["ratio"] == pytest.approx(1)
 
-def test_the_gradient_is_clipped_to_its_largest_norm(policy, batch_of):
+def test_the_gradient_is_clipped_to_its_largest_norm(policy, batch):
     """To .01; the norm in the log is that before."""
-    whole, log = gradient(policy, tiny(max_grad_norm=1e9), batch_of(tiny()))
-    clipped, again = gradient(policy, tiny(max_grad_norm=0.01), batch_of(tiny()))
+    whole, log = gradient(policy, tiny(max_grad_norm=1e9), batch)
+    clipped, again = gradient(policy, tiny(max_grad_norm=0.01), batch)
     assert clipped.norm().item() == pytest.approx(0.01, rel=0.01)
     assert torch.allclose(clipped / clipped.norm(), whole / whole.norm(), atol=1e-5)
     assert again["grad"] == pytest.approx(log["grad"]) and log["grad"] > 0.02
 
-def test_later_epochs_leave_ratio_one_and_clipping_acts(batch_of):
+def test_later_epochs_leave_ratio_one_and_clipping_acts(batch):
     """Against a detached copy of itself a log-probability has ratio 1 for ever."""
-    fresh, batch = shapes(), batch_of(tiny())
-    assert gradient(fresh, tiny(groups=1), batch)[1]["ratio"] == pytest.approx(1, abs=1e-4)
+    fresh = shapes()
     log = M.learn(fresh, None, torch.optim.SGD(fresh.parameters(), lr=1.0), *batch,
                   tiny(inner_epochs=2, groups=1, micro_batch=3), seeded(0))
     assert abs(log["ratio"] - 1) > 1e-3 and log["clip"] > 0
@@ -564,9 +501,9 @@ def test_later_epochs_leave_ratio_one_and_clipping_acts(batch_of):
         assert (log["clip"] > 0) == (high == 0.0)
 
 @pytest.mark.parametrize("what", ["loss", "grad"])
-def test_a_number_that_is_not_finite_stops_before_the_weights_move(batch_of, what):
+def test_a_number_that_is_not_finite_stops_before_the_weights_move(batch, what):
     """A NaN in the loss whose gradients are 0, and a finite loss whose gradient is infinite."""
-    fresh, (groups, advantage) = shapes(), batch_of(tiny())
+    fresh, (groups, advantage) = shapes(), batch
     before = [x.clone() for x in fresh.state_dict().values()]
     for p in fresh.parameters():
         p.register_hook(lambda g: torch.full_like(g, math.inf if what == "grad" else 0))
@@ -592,12 +529,8 @@ def prepared(monkeypatch, tmp_path):
 
 def flags(**settings):
     """TINY and these settings as a command line."""
-    words = []
-    for name, value in {**TINY, **settings}.items():
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [
-            f"--{flag}", str(value)]
-    return words
+    return [word for name, value in {**TINY, **settings}.items()
+            for word in ("--" + name.replace("_", "-"), str(value))]
 
 def saved(folder):
     """The checkpoint of an output folder."""
@@ -625,13 +558,10 @@ BEFORE = 3                          # calls of the reward before update 1: two t
 
 def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     """Checkpoint, base, table of updates and pictures; lines of at most 100 columns in ASCII."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    M.train(tiny(out=str(tmp_path), eval_every=1))
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    _, rows = run(tmp_path, eval_every=1)
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert left == ["base-0-16-1-2.pt", "checkpoint.pt", "comparison.png", "metrics.csv",
                     "samples/update_00001.png", "samples/update_00002.png"]
-    rows = read_rows(tmp_path)
     assert [int(row["update"]) for row in rows] == [1, 2] and list(rows[0]) == [
         "update", "reward", "reward_se", "live", "sampled", "ratio", "clip", "kl", "grad", "loss",
         "lr", "seconds", "heldout"]
@@ -662,10 +592,9 @@ def test_what_is_trained_on(tmp_path, monkeypatch):
 
 def test_a_row_says_what_was_sampled_and_what_was_kept(tmp_path, monkeypatch, capsys):
     """Mean and standard error of all groups, live ones of those kept, held-out mean, by hand."""
-    measures, advantages, kept = [], [], torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
+    advantages, kept = [], torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
     every = torch.cat([kept, torch.zeros(2, 4)])                # the means of groups: .75 .5 0 0
     def made_up_evaluation(policy, measure, splits, config, title):
-        measures.append(measure)
         scores = torch.stack([torch.full((6, 4), 0.25), torch.full((6, 4), 0.75)])
         scores[1, 0, 0] = 0.0                                                   # mean .75 - .75/24
         return {"scores": scores, "pictures": torch.zeros(2, 6, 4, 8, 8, 3).byte(), "lines": []}
@@ -677,11 +606,9 @@ def test_a_row_says_what_was_sampled_and_what_was_kept(tmp_path, monkeypatch, ca
     _, rows = run(tmp_path, eval_every=2)
     assert all(torch.equal(x, M.group_advantage(kept).flatten()) for x in advantages)
     for row in rows:
-        std = (((.75 - .3125) ** 2 + (.5 - .3125) ** 2 + 2 * .3125 ** 2) / 3) ** 0.5
-        assert float(row["reward_se"]) == pytest.approx(std / 2, rel=1e-4)
+        assert float(row["reward_se"]) == pytest.approx(0.1875)     # std .375 / the root of 4
         assert (float(row["reward"]), row["live"], row["sampled"]) == (0.3125, "1", "4")
     assert rows[0]["heldout"] == "" and float(rows[1]["heldout"]) == pytest.approx(0.71875)
-    assert measures[0] is R.shapes_reward and set(measures[1:]) == {R.shapes_correct}
     assert "| reward 0.3125 +-0.1875 | groups  1/ 4 |" in capsys.readouterr().out
 
 def test_the_log_leaves_constants_out_and_time_left_falls(tmp_path, monkeypatch, capsys):
@@ -703,16 +630,16 @@ def test_training_raises_the_reward(tmp_path):
     before, after = (checkpoint[name]["scores"][1].mean() for name in ("before", "after"))
     assert after > before + 0.1 and float(rows[-1]["reward"]) > float(rows[0]["reward"]) + 0.1
 
-@pytest.mark.parametrize("measure, expected", [("", "red"), ("shapes", "strict"), ("blue", "blue")])
-def test_evaluation_reports_a_measure(tmp_path, monkeypatch, measure, expected):
+@pytest.mark.parametrize("reward, measure, trained, reported", [
+    ("red", "", red, red), ("shapes", "", R.shapes_reward, R.shapes_correct),
+    ("red", "shapes", red, R.shapes_correct), ("shapes", "red", R.shapes_reward, red)])
+def test_evaluation_reports_a_measure(tmp_path, monkeypatch, reward, measure, trained, reported):
     """--measure is another reward than the one trained on; for shapes the share of correct ones."""
-    used, blue = [], lambda images, prompts: red(images, prompts) + 2
-    monkeypatch.setitem(R.REWARDS, "blue", lambda device: blue)
+    used = []
     monkeypatch.setattr(R, "rate", lambda function, *more, rate=R.rate: used.append(function)
                         or rate(function, *more))
-    run(tmp_path, reward="red", measure=measure, updates=1, filter_tries=0)
-    right = {"blue": blue, "red": red, "strict": R.shapes_correct}[expected]
-    assert used == [red, right, right, red, right]      # two trials, base, training, evaluation
+    run(tmp_path, reward=reward, measure=measure, updates=1, filter_tries=0)
+    assert used == [trained, reported, reported, trained, reported]     # the first two are trials
 
 def test_an_update_without_a_live_group_changes_nothing_and_goes_on(tmp_path, monkeypatch):
     """All pictures are worth the same and the filter is warm: no step, a row of zeros."""
@@ -792,11 +719,8 @@ def test_no_setting_is_ignored(name, tmp_path, usual):
     unchanged = usual(occasion)
     assert len(changed) != len(unchanged) or not same(changed, unchanged)
 
-def test_the_same_run_twice_has_the_same_outcome(tmp_path, usual, monkeypatch):
-    """Which is what gives the test above its meaning. The second time the base is reused."""
-    assert same(outcome(tmp_path, {}), usual({}))
-    (tmp_path / "checkpoint.pt").unlink()
-    monkeypatch.setattr(M, "pretrain", None)
+def test_the_same_run_twice_has_the_same_outcome(tmp_path, usual):
+    """Otherwise the test above would mean nothing."""
     assert same(outcome(tmp_path, {}), usual({}))
 
 @pytest.mark.parametrize("device", sorted({"cpu", M.Config().device}))       # and an accelerator
@@ -832,26 +756,15 @@ def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys):
     assert timeless(read_rows(cut)) == timeless(rows)
     assert out.count("base held-out") == 1 and "update   3/4" in out and "update   2/4" not in out
 
-def test_a_finished_run_resumed_reports_its_base_and_its_trained_policy(tmp_path, capsys):
-    """The same last four lines again, and nothing is sampled but a trial."""
-    run(tmp_path, reward="red", lr=0.1)
-    lines = capsys.readouterr().out.splitlines()[-4:]
-    M.main(["--resume", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[1:] == lines
-    assert lines[0] != lines[2].replace("update 2", "base")
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_finishes_the_update_and_a_second_does_not(tmp_path, monkeypatch, number, times):
-    """In update 1. The handlers from before are asked the second time, and are put back."""
-    def interrupt():
-        for _ in range(times):
-            signal.raise_signal(number)
-
+    """In update 1. The previous handlers act the second time, and are restored."""
     usual = signal.signal(number, signal.default_int_handler)       # raises KeyboardInterrupt
     handlers = [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
     monkeypatch.setattr(os, "write", lambda *_: os.close(-1))       # an OSError: stderr is gone
-    monkeypatch.setitem(R.REWARDS, "red", lambda device: after_calls(BEFORE + 1, interrupt))
+    stopping = after_calls(BEFORE + 1, lambda: [*map(signal.raise_signal, [number] * times)])
+    monkeypatch.setitem(R.REWARDS, "red", lambda device: stopping)
     try:
         with pytest.raises(SystemExit if times == 1 else KeyboardInterrupt) as stop:
             M.main(flags(out=tmp_path, reward="red"))
@@ -869,52 +782,44 @@ def test_a_run_in_a_thread_and_without_stdout(tmp_path, monkeypatch):
     thread.join()
     assert len(saved(tmp_path)["rows"]) == 2
 
-@pytest.mark.parametrize("failing, update", [("reward", 1), ("reward", 2), ("learn", 2),
-                                             ("measure", 2), ("NaN", 2)])
-def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monkeypatch, capsys,
-                                                                 failing, update):
-    """Before a checkpoint is due. A resumed run goes on without measuring the base again."""
-    error = SystemExit if failing == "NaN" else KeyError
-    def bug(*_):
+@pytest.mark.parametrize("call, error, done", [
+    (1, KeyError, 0), (2, KeyError, 1), (3, KeyError, 2), (2, SystemExit, 1)])
+def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monkeypatch, call, error,
+                                                                 done):
+    """In update 1, in update 2, in the evaluation after it; or an exit in update 2, as for NaN."""
+    def bug():
         assert saved(tmp_path)["captions"]      # the folder is taken before the first update
-        raise error("a bug of the reader's own")
-    count, learn, evaluate = itertools.count(1), M.learn, M.evaluate
+        raise error("a bug of the user's")
+
     with monkeypatch.context() as patch:
-        if failing == "reward":
-            patch.setitem(R.REWARDS, "red", lambda device: after_calls(BEFORE + update, bug))
-        elif failing in ("learn", "NaN"):
-            patch.setattr(M, "learn", lambda *a: bug() if next(count) == 2 else learn(*a))
-        else:
-            patch.setattr(M, "evaluate", lambda *a: bug() if a[-1] == "update 2" else evaluate(*a))
-        with pytest.raises(error, match="a bug of the reader's own"):
+        patch.setitem(R.REWARDS, "red", lambda device: after_calls(BEFORE + call, bug))
+        with pytest.raises(error, match="a bug of the user's"):
             run(tmp_path, reward="red", filter_tries=0)
-    assert len(saved(tmp_path)["rows"]) == update - (failing != "measure")
-    assert "--resume" in refused(capsys, *flags(out=tmp_path, reward="red"))
-    monkeypatch.setattr(M, "evaluate", lambda *a: bug() if a[-1] == "base" else evaluate(*a))
+    assert len(saved(tmp_path)["rows"]) == done
     run(tmp_path, reward="red", filter_tries=0, resume=True, updates=3)
     assert len(read_rows(tmp_path)) == 3
 
 def test_a_failing_message_loses_no_update(tmp_path, monkeypatch):
-    """The other end of a pipe is closed in update 2, as by a `tee` that Ctrl-C killed."""
-    end, start = os.pipe()
-    gone = after_calls(BEFORE + 2, lambda: os.close(end))
+    """The reader of stdout is gone in update 2, as if Ctrl-C had killed a `tee`."""
+    pipe = types.SimpleNamespace(write=len, flush=lambda: os.close(-1))         # an OSError
+    gone = after_calls(BEFORE + 2, lambda: monkeypatch.setattr(sys, "stdout", pipe))
     monkeypatch.setitem(R.REWARDS, "red", lambda device: gone)
-    pipe = open(start, "w")
-    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
-        patch.setattr(sys, "stdout", pipe)
+    with pytest.raises(OSError):
         M.main(flags(out=tmp_path, reward="red", updates=5, filter_tries=0))
-    with pytest.raises(BrokenPipeError):
-        pipe.close()
     assert len(saved(tmp_path)["rows"]) == 2
 
-def test_grids_show_the_base_and_the_policy_on_held_out_captions(tmp_path, monkeypatch):
-    """In this order, with the pictures and scores of their evaluations."""
+def test_grids_show_the_base_and_the_policy_on_held_out_captions(tmp_path, monkeypatch, capsys):
+    """In this order, with the pictures and scores of their evaluations. A finished run that is
+    resumed reports the same once more: its last four lines and the last grid."""
     seen = []
     monkeypatch.setattr(R, "save_grid", lambda path, *more: seen.append((path.name, *more)))
     checkpoint, _ = run(tmp_path, reward="red", lr=0.1, eval_every=1)
-    assert [x[0] for x in seen] == ["update_00001.png", "update_00002.png", "comparison.png"]
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    M.main(["--resume", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1:] == lines
+    assert [x[0] for x in seen] == ["update_00001.png", "update_00002.png", *["comparison.png"] * 2]
     shown = [str(x) for x in (R.captions(True), checkpoint["before"], checkpoint["after"])]
-    assert [[*map(str, x[2:])] for x in seen[1:]] == [shown] * 2 and shown[1] != shown[2]
+    assert [[*map(str, x[2:])] for x in seen[1:]] == [shown] * 3 and shown[1] != shown[2]
 
 def test_a_killed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """Half a file has been written when the end comes. Its name has the process's number."""
@@ -930,7 +835,7 @@ def test_a_killed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         run(tmp_path, reward="red", eval_every=1)
     assert len(saved(tmp_path)["rows"]) == 1
 
-def test_a_reward_cannot_change_the_run(tmp_path, monkeypatch):
+def test_a_reward_cannot_change_the_run(tmp_path, monkeypatch, usual):
     """It empties its arguments, disables gradients and moves to another folder."""
     def rude(images, prompts):
         result = red(images, prompts)
@@ -940,34 +845,30 @@ def test_a_reward_cannot_change_the_run(tmp_path, monkeypatch):
         os.chdir(tmp_path.parent)
         return result
 
-    polite, _ = run(tmp_path / "polite", reward="red")
     monkeypatch.setitem(R.REWARDS, "red", lambda device: rude)
     M.train(tiny(out="rude", reward="red"))
-    assert same(polite["policy"].values(), saved(tmp_path / "rude")["policy"].values())
+    assert same(usual({})[:-1], saved(tmp_path / "rude")["policy"].values())
     assert torch.is_grad_enabled()
 
 # ---- 7. Settings ---------------------------------------------------------------------------------
 
 def test_whatever_is_saved_can_be_read_again(tmp_path):
     """A Path, numpy's numbers and an int for a float are turned into the types of the fields."""
-    config = tiny(out=tmp_path / "out", lr=np.float64(1e-3), seed=np.int64(3), beta=0, reward="red")
-    assert (type(config.out), type(config.lr), type(config.seed)) == (str, float, int)
-    M.train(config)
-    M.main(["--resume", "--out", str(tmp_path / "out"), "--updates", "3"])
-    assert len(saved(tmp_path / "out")["rows"]) == 3
+    config = tiny(out=tmp_path / "out", lr=np.float64(1e-3), seed=np.int64(3), beta=0)
+    for field in dataclasses.fields(config):
+        assert type(getattr(config, field.name)) is field.type
 
 def test_show_o_has_settings_of_its_own():
-    """The paper's and the released code's; a flag overrides each; an own model has none."""
-    config = M.parse(["--model", "showlab/show-o-512x512", "--prompts", "x", "--lr", "1e-6"])
-    assert (config.group_size, config.groups, config.steps, config.eval_steps, config.lr,
-            config.weight_decay, config.clip_low, config.clip_high, config.transition, config.beta,
-            config.guidance, config.temperature, config.reward, config.filter_quantile) == (
-                6, 16, 50, 50, 1e-6, 0.02, 0.1, 0.2, "p1", 0, 5, 1, "clip", 0.1)
-    assert config.eval_pictures == 64 and M.SHOWO["lr"] == 3e-6         # as many as are held out
-    own = M.parse(["--model", "my:make", "--prompts", "y"])
-    assert [own.group_size, own.groups, own.steps, own.eval_steps, own.lr, own.warmup, own.updates,
-            own.max_grad_norm, own.filter_tries] == [4, 24, 12, 12, 1.5e-3, 5, 54, 1.0, 2]
-    assert own.temperature == 2.0 and own.guidance == 0.0
+    """The paper's and the released code's; a flag overrides each; user models have none."""
+    words = ["--model", "showlab/show-o-512x512", "--prompts", "x"]
+    paper = dict(group_size=6, groups=16, steps=50, eval_steps=50, lr=3e-6, weight_decay=0.02,
+                 clip_low=0.1, clip_high=0.2, transition="p1", beta=0, guidance=5, temperature=1,
+                 reward="clip", filter_quantile=0.1, eval_pictures=64)  # as many as are held out
+    assert vars(M.parse(words)).items() >= paper.items()
+    assert vars(M.parse([*words, "--lr", "1e-6"])).items() >= {**paper, "lr": 1e-6}.items()
+    shapes_world = dict(group_size=6, groups=16, steps=12, eval_steps=12, lr=1.5e-3, warmup=5,
+                        updates=54, max_grad_norm=1, filter_tries=2, temperature=2, guidance=0)
+    assert vars(M.parse(["--model", "my:make", "--prompts", "y"])).items() >= shapes_world.items()
 
 # ---- 8. The policy -------------------------------------------------------------------------------
 
@@ -978,7 +879,6 @@ def test_text_is_laid_out_as_in_show_o(policy, monkeypatch):
     monkeypatch.setattr(policy, "tokenize", lambda text: [bos, 3] if text == "bos" else [3] * 300)
     assert policy.encode(["bos"]).tolist() == [[t2i, bos, 3, bos]]
     assert policy.encode(["long"]).tolist() == [[t2i, bos, *[3] * 126, bos]]
-    assert [policy.soi_id, policy.eoi_id, t2i, policy.offset] == [pad + i for i in (1, 2, 5, 10)]
 
 def test_attention_mask_by_hand(policy):
     """Two texts of 1 and 2 ids, the first padded. Rows are queries, columns keys, x may be seen.
@@ -1002,7 +902,6 @@ def test_logits_are_the_heads_at_the_picture_and_float32_under_autocast(policy):
     ids, tokens = half.encode(["a star"]), torch.full((1, 36), 49)
     edges = [torch.tensor([[half.pad_id + i]]) for i in (1, 2)]                 # <soi>, <eoi>
     whole = torch.cat([ids, edges[0], tokens + half.offset, edges[1]], dim=1)   # (1, L)
-    assert whole[0, -2] == half.showo.config.vocab_size - 1                     # MASK is last
     logits = half.showo(whole, attention_mask=half.attention_mask(ids), use_cache=False).logits
     exact = half(ids, tokens)
     assert torch.allclose(exact, logits[:, -37:-1, half.offset:-1], atol=1e-5)
@@ -1021,9 +920,7 @@ def test_decoding_gives_the_tiles_back(policy):
     tokens = torch.arange(36)[None] + 13
     picture = policy.decode(tokens)
     assert picture.shape == (1, 48, 48, 3) and picture.dtype == torch.uint8
-    for i, code in enumerate(tokens[0]):
-        y, x = 8 * (i // 6), 8 * (i % 6)
-        assert torch.equal(picture[0, y:y + 8, x:x + 8], R.TILES[code])
+    assert (picture[0].numpy() == np.asarray(images_of(tokens.tolist())[0])).all()
 
 def test_decoding_in_chunks_changes_nothing(monkeypatch):
     """300 pictures, 113 at a time. Codes 0 and 1 are black, 2 is gray, all others are white."""
@@ -1034,13 +931,13 @@ def test_decoding_in_chunks_changes_nothing(monkeypatch):
     assert torch.equal(fresh.decode(tokens)[..., 0].flatten(1).long(), levels)
     assert chunks == [113, 113, 74]
 
-def test_checkpointing_computes_twice_and_changes_nothing(batch_of):
+def test_checkpointing_computes_twice_and_changes_nothing(batch):
     """The same gradient; each layer runs a second time in the backward pass."""
     vectors, counts = [], []
     for checkpointing in (False, True):
         fresh, runs = shapes(checkpointing=checkpointing), []
         fresh.showo.model.layers[0].mlp.fc1.register_forward_hook(lambda *_: runs.append(1))
-        vectors.append(gradient(fresh, tiny(), batch_of(tiny()))[0])
+        vectors.append(gradient(fresh, tiny(), batch)[0])
         counts.append(len(runs))
     assert torch.allclose(*vectors, atol=1e-6) and counts[1] == 2 * counts[0]
 
@@ -1115,13 +1012,14 @@ def test_a_base_is_reused_only_for_the_same_settings(tmp_path, monkeypatch):
 # ---- 10. Show-o: small ones in the published layout, made here -----------------------------------
 
 WORDS = ["<|endoftext|>", "a", "cat", "dog", "house", "of", "bread", "and", "red", "tall", "old"]
-CAPTIONS = ["a cat", "a dog", "a house", "a red cat", "a tall house of bread", "a cat and a dog",
-            "an old dog", "a red house and a tall dog", "bread", "a dog of bread"]
+CAPTIONS = ["a cat", "a dog", "a red cat", "a tall house of bread", "a cat and an old dog"]
 Decoder = M.MagvitDecoder
 
-def write_showo(folder, codebook_size=32):
+@pytest.fixture(scope="module")
+def showo(tmp_path_factory):
     """Language model, Show-o, MAGVIT-v2 and a CLIP of random weights -> dict of paths as str."""
     import open_clip
+    folder, codebook_size = tmp_path_factory.mktemp("published"), 32
     names = dict(llm="llm", showo="showo", magvit="magvit", clip="clip.pt", config="tiny-clip.json",
                  prompts="captions.txt")
     paths = {name: folder / path for name, path in names.items()}
@@ -1154,43 +1052,31 @@ def write_showo(folder, codebook_size=32):
     paths["prompts"].write_text("\n".join(CAPTIONS) + "\n")
     return {name: str(path) for name, path in paths.items()}
 
-@pytest.fixture(scope="module")
-def showo(tmp_path_factory):
-    """One for the tests that only read it."""
-    return write_showo(tmp_path_factory.mktemp("published"))
-
 def showo_flags(showo, out, **more):
     """A short run of it on the CPU."""
     return flags(**{"model": showo["showo"], "vq_model": showo["magvit"], "out": out,
                     "prompts": showo["prompts"], "reward": f"clip:tiny-clip:{showo['clip']}",
                     "group_size": 2, "lr": 1e-3, **more})
 
-def test_show_o_from_folders_end_to_end(showo, tmp_path, monkeypatch):
-    """4 updates; and 3, Ctrl-C, --resume with files that lie elsewhere by now: equal weights."""
-    M.main(showo_flags(showo, tmp_path / "whole", updates=4))
-    count, learn = itertools.count(1), M.learn
-    with monkeypatch.context() as patch:
-        patch.setattr(M, "learn", lambda *a: learn(*a) if next(count) != 3 else (
-            signal.raise_signal(signal.SIGINT), learn(*a))[1])
-        with pytest.raises(SystemExit, match="stopped after update 3"):
-            M.main(showo_flags(showo, tmp_path / "cut", updates=4))
-    words = ["--resume", "--out", str(tmp_path / "cut")]
+def test_show_o_from_folders_end_to_end(showo, tmp_path):
+    """2 updates, and --resume for another with files that have been moved."""
+    M.main(showo_flags(showo, tmp_path / "out"))
+    words = ["--resume", "--out", str(tmp_path / "out"), "--updates", "3"]
     for flag, part in (("--model", "showo"), ("--vq-model", "magvit"), ("--prompts", "prompts")):
         os.symlink(showo[part], tmp_path / part)
         words += [flag, str(tmp_path / part)]
     M.main(words)
-    whole, cut = saved(tmp_path / "whole"), saved(tmp_path / "cut")
-    assert same(whole["policy"].values(), cut["policy"].values())
-    assert timeless(whole["rows"]) == timeless(cut["rows"]) and len(cut["rows"]) == 4
-    published = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
-    decoder = load_file(pathlib.Path(showo["magvit"], "pytorch_model.safetensors"))
+    trained = saved(tmp_path / "out")["policy"]
+    assert len(saved(tmp_path / "out")["rows"]) == 3
+    published, decoder = (load_file(pathlib.Path(showo[name], "pytorch_model.safetensors"))
+                          for name in ("showo", "magvit"))
     frozen = {name: x for name, x in decoder.items() if name.startswith("decoder.")}
-    assert cut["policy"].keys() == {*published, *frozen}
-    assert same(frozen.values(), [cut["policy"][name] for name in frozen])
-    assert not same(published.values(), [cut["policy"][name] for name in published])
+    assert trained.keys() == {*published, *frozen}
+    assert same(frozen.values(), [trained[name] for name in frozen])
+    assert not same(published.values(), [trained[name] for name in published])
 
 def test_other_weights_replace_the_base(showo, tmp_path, monkeypatch):
-    """Of Show-o (half precision, in torch's old format), of the shapes world, of an own model."""
+    """Of Show-o (half precision, in torch's old format), of the shapes world, of a user model."""
     published = load_file(pathlib.Path(showo["showo"], "pytorch_model.safetensors"))
     torch.save({name: (tensor + 1).half() for name, tensor in published.items()},
                tmp_path / "mine.pth", _use_new_zipfile_serialization=False)
@@ -1209,9 +1095,6 @@ def test_other_weights_replace_the_base(showo, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     own = dict(model="own_weights:make", weights=tmp_path / "table.pt")
     assert torch.equal(shapes(**own).table, table) and shapes(**own).table.dtype == torch.float32
-    M.main(flags(**own, generate=showo["prompts"], out=tmp_path / "pictures"))
-    for path in (tmp_path / "pictures").rglob("*.png"):
-        assert (np.asarray(Image.open(path))[..., 0] == 240).all()
 
 def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     """A file, a folder, OWNER/NAME on the hub, and another file there, OWNER/NAME/FILE."""
@@ -1265,10 +1148,7 @@ def test_a_loaded_show_o(showo, monkeypatch):
     assert seen == ["high"]
 
 def magvit_by_hand(weights, codes):
-    """MAGVIT-v2's decoder from its published names, in functions of torch alone
-
-    weights: state dict, codes (B, h, w) -> (B, 3, 16 h, 16 w)
-    """
+    """MAGVIT-v2's decoder in functions of torch alone: codes (B, h, w) -> (B, 3, 16 h, 16 w)"""
     F = torch.nn.functional
     def conv(x, name):
         weight = weights[name + ".weight"]
@@ -1300,15 +1180,13 @@ def magvit_by_hand(weights, codes):
     return conv(F.silu(norm(x, "norm_out")), "conv_out")
 
 def test_the_decoder_computes_what_magvit_v2_does():
-    """Random weights: small before the first norm, whose eps then counts."""
+    """Random weights, larger where attention would else be even; the eps of its norms."""
     torch.manual_seed(0)
     decoder = Decoder(width=32)
     with torch.no_grad():
         for name, p in decoder.named_parameters():
             if "norm" in name:
                 p.add_(0.3 * torch.randn_like(p))
-            elif name.startswith("conv_in"):
-                p.mul_(0.005)
             elif ".q." in name or ".k." in name:
                 p.mul_(8)
     codes = torch.randint(8192, (2, 3, 2))
@@ -1319,11 +1197,11 @@ def test_the_decoder_computes_what_magvit_v2_does():
     assert (got - expected).abs().max() < 1e-4 and expected.std() > 0.1
     assert {m.eps for m in decoder.modules() if isinstance(m, torch.nn.GroupNorm)} == {1e-6}
 
-def test_a_show_o_that_cannot_be_loaded(tmp_path, capsys):
+def test_a_show_o_that_cannot_be_loaded(showo, tmp_path, capsys):
     """Each in one line and before the folder of the run is made."""
-    showo, out = write_showo(tmp_path / "published"), tmp_path / "out"
-    weights = pathlib.Path(showo["showo"], "pytorch_model.safetensors")
-    config, whole = pathlib.Path(showo["showo"], "config.json"), load_file(weights)
+    copy, out = shutil.copytree(showo["showo"], tmp_path / "copy"), tmp_path / "out"
+    showo, weights = {**showo, "showo": str(copy)}, copy / "pytorch_model.safetensors"
+    config, whole = copy / "config.json", load_file(weights)
     text = config.read_text()
     for tensors, why in (({n: x for n, x in whole.items() if n != "showo.lm_head.bias"},
                           'Missing key(s) in state_dict: "showo.lm_head.bias"'), (None, "No such"),
@@ -1435,7 +1313,7 @@ def own_model(tmp_path, monkeypatch):
 
 def test_a_wrong_model_shows_before_any_work(own_model, tmp_path, capsys):
     """A logit for MASK and a bug keep their tracebacks; dropout is off; `make` is seeded."""
-    with pytest.raises(AssertionError, match="logits"):
+    with pytest.raises(AssertionError, match=r"logits \(\d+, 9, 5\), must be \(\d+, 9, 4\)"):
         M.main(own_model("wide", "self.codebook_size)", "self.codebook_size + 1)"))
     with pytest.raises(KeyError, match="'x'"):
         M.main(own_model("buggy", "return logits", "raise KeyError('x')"))
@@ -1447,16 +1325,17 @@ def test_a_wrong_model_shows_before_any_work(own_model, tmp_path, capsys):
     one, again, other = (shapes(model="calm:make", seed=seed).table for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
-@pytest.mark.parametrize("answer", [
-    "torch.zeros(3)", "torch.zeros(len(images), 1)", "'good'", "1 / 0", "[1.0, 1e999 * 0]",
-    "[1.0, 1e999]"])
-def test_a_wrong_reward_shows_before_any_work(tmp_path, monkeypatch, answer):
-    """With its traceback, before the base is trained or a folder made."""
+@pytest.mark.parametrize("answer, error", [
+    ("torch.zeros(3)", ValueError), ("torch.zeros(len(images), 1)", ValueError),
+    ("[1.0, 1e999]", ValueError), ("[1.0, 1e999 * 0]", ValueError), ("'good'", TypeError),
+    ("0\nimport no_such_package", ModuleNotFoundError), ("0\ntorch.no_name", AttributeError)])
+def test_a_wrong_reward_shows_before_any_work(tmp_path, monkeypatch, answer, error):
+    """With its traceback, before the base is trained or a folder made; so do bugs in its module."""
     name = f"wrong_{abs(hash(answer))}"
     text = f"import torch\ndef f(images, prompts):\n    return {answer}\n"
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(M, "pretrain", None)
-    with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
+    with pytest.raises(error):
         M.main(flags(reward=f"{name}:f", out="out"))
     assert not (tmp_path / "out").exists()
 
@@ -1506,32 +1385,25 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 @pytest.mark.parametrize("words, named", [
-    ("--no-such-flag 1", "--no-such-flag"), ("--transition p3", "p1_literal"),
-    ("--reduction middle", "random"), ("--updates many", "invalid int value: 'many'"),
-    ("--optimizer sgd", "adafactor"), ("--eval-every 0", "--eval-every 0"),
-    ("--group-size 1", "--group-size 1: must be at least 2"), ("--steps 0", "--steps 0"),
-    ("--eval-steps 0", "--eval-steps 0"), ("--updates 0", "--updates 0"), ("--lr -1", "--lr -1"),
-    ("--score-steps -1", "--score-steps -1"), ("--lr nan", "--lr nan"), ("--width 40", "--width"),
-    ("--filter-quantile 2", "at most 1"), ("--weights code.pt", "code.pt"),
-    ("--beta inf", "--beta inf"), ("--clip-high -0.1", "--clip-high"), ("--seed -1", "--seed -1"),
-    ("--temperature -1", "--temperature"), ("--micro-batch 0", "--micro-batch 0"),
+    ("--no-such-flag 1", "--no-such-flag"), ("--updates many", "invalid int value: 'many'"),
+    ("--transition p3", "p1_literal"), ("--updates 0", "--updates 0"), ("--lr -1", "--lr -1"),
+    ("--eval-every 0", "least 1"), ("--eval-steps 0", "least 1"), ("--micro-batch 0", "least 1"),
+    ("--reduction middle", "random"), ("--optimizer sgd", "adafactor"), ("--steps 0", "--steps 0"),
+    ("--group-size 1", "--group-size 1: must be at least 2"), ("--prompts no.txt", "no.txt"),
+    ("--lr nan", "--lr nan"), ("--score-steps -1", "--score-steps -1"), ("--steps 37", "--steps"),
     (f"--seed {2 ** 70}", "below 2 ** 31"), ("--steps 4 --score-steps 5", "--score-steps"),
-    ("--steps 37", "--steps"), ("--eval-steps 99", "at most 36"), ("--device tpu", "--device tpu"),
-    ("--model x", "--prompts"), ("--generate x.txt", "--weights"), ("--resume", "--resume"),
-    ("--reward beauty", "shapes, clip"), ("--measure beauty", "beauty"),
-    ("--reward no_such_module:f", "no_such_module"), ("--reward math:nothing", "nothing"),
-    ("--model no_such_module:f --prompts GOOD", "no_such_module"), ("--reward shapes:x", "shapes"),
-    ("--reward clip:ViT-Z:openai", "ViT-Z"), ("--reward clip:ViT-B-32:no-tag", "no-tag"),
-    ("--reward clip:ViT-B-32:FILE", "clip:"), ("--reward pickscore:/no/such", "pickscore"),
-    ("--reward clip:local-dir:/no/such", "/no/such"), ("--weights FILE", "FILE"),
-    ("--weights no_such_file.pt", "no file or folder"), ("--prompts no_such.txt", "no_such.txt"),
-    ("--prompts FILE", "FILE"), ("--prompts empty.txt", "there are none"),
-    ("--prompts one.txt", "two"), ("--prompts x.csv", ".txt"), ("--prompts list.txt", ".txt"),
-    ("--prompts x.TSV", ".txt"), ("--prompts dict.txt", ".txt"), ("--prompts late.txt", "dragon 9"),
+    ("--eval-steps 99", "at most 36"), ("--filter-quantile 2", "at most 1"),
+    ("--width 40", "--width"), ("--device tpu", "--device tpu"), ("--model x", "--prompts"),
+    ("--generate x.txt", "--weights"), ("--resume", "--resume"), ("--reward math:no", "with a no"),
+    ("--reward beauty", "shapes, clip"), ("--measure clip:ViT-B-32:FILE", "clip:"),
+    ("--model no_such_module:f --prompts good.txt", "no_such_module"), ("--prompts one.txt", "two"),
+    ("--weights code.pt", "code.pt"), ("--weights no_such_file.pt", "(no file or folder)"),
+    ("--weights cat.pt --width 32", "cat.pt (showo."), ("--prompts empty.txt", "there are none"),
+    ("--weights cat.pt --generate good.txt", "shapes world"), ("--out good.txt/out", "--out good"),
+    ("--prompts x.csv", ".txt"), ("--prompts x.TSV", ".txt"), ("--prompts list.txt", ".txt"),
+    ("--prompts dict.txt", ".txt"), ("--prompts late.txt", "dragon 9"),
     ("--prompts coco.json", "must be a list"), ("--prompts number.jsonl", "record 2"),
-    ("--prompts broken.JSON", "JSONDecodeError"), ("--prompts half.json", "surrogates"),
-    ("--prompts GOOD", "shapes world"), ("--weights cat.pt --generate GOOD", "shapes world"),
-    ("--out good.txt/out", "--out good"), ("--weights cat.pt --width 32", "cat.pt (showo.")])
+    ("--prompts broken.JSON", "JSONDecodeError"), ("--prompts half.json", "surrogates")])
 def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
     """It names what is wrong, and nothing was begun."""
     (tmp_path / "FILE").write_bytes(b"\xff\x00 is neither text nor weights")
@@ -1547,19 +1419,8 @@ def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
     torch.save(M.shapes_policy(M.Config()).state_dict(), "cat.pt")
     monkeypatch.setattr(M, "pretrain", None)
     before = files(tmp_path)
-    error = refused(capsys, "--out", "out", *words.replace("GOOD", "good.txt").split())
+    error = refused(capsys, "--out", "out", *words.split())
     assert named in error and files(tmp_path) == before and not (tmp_path / "out").exists()
-
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, capsys, monkeypatch):
-    """Whatever its client raises, without a network and with nothing cached."""
-    def unreachable(*_, **__):
-        raise LocalEntryNotFoundError("offline\nand nothing cached")
-    (tmp_path / "good.txt").write_text("a cat\na dog\n")
-    monkeypatch.setattr(M, "hf_hub_download", unreachable)
-    monkeypatch.setattr(M.PhiConfig, "get_config_dict", unreachable)
-    words = ["--reward", "shapes", "--prompts", tmp_path / "good.txt"]
-    assert "owner/name: " in refused(capsys, "--model", "owner/name", *words)
-    assert "owner/name/x.pth (no file" in refused(capsys, "--weights", "owner/name/x.pth")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -1569,20 +1430,16 @@ def finished(tmp_path_factory):
     return folder
 
 @pytest.mark.parametrize("words, named", [
-    ("--resume --lr 1e-5", "--lr 1e-05: the run has 0.0015"), ("--resume --reward red", "--reward"),
-    ("--resume --seed 4", "--seed 4"), ("--resume --measure red", "--measure red"),
-    ("--resume --guidance 1", "--guidance 1.0"), ("--resume --eval-every 1", "--eval-every 1"),
+    ("--resume --lr 1e-5", "--lr 1e-05: the run has 0.0015"), ("", "--resume continues it"),
     ("--resume --no-divide-by-std", "--divide-by-std"), ("--resume --updates 1", "2 are already"),
-    ("--resume --prompts stars.txt", "captions"), ("", "--resume continues it"),
-    ("--lr 1e-5 --seed 3", "--resume continues it"),
-    ("--generate stars.txt --weights GIVEN", "exists")])
+    ("--resume --prompts stars.txt", "captions"), ("--generate stars.txt --weights x", "exists")])
 def test_a_folder_that_holds_a_run_stays_as_it_is(words, named, finished, capsys, monkeypatch):
     """A second start in it, and a resume with other settings or captions, are refused."""
     before = files(finished)
     (finished.parent / "stars.txt").write_text("a star\ntwo stars\n")
     monkeypatch.chdir(finished.parent)
-    words = words.replace("GIVEN", str(finished / "checkpoint.pt")).split()
-    assert named in refused(capsys, "--out", finished, *words) and files(finished) == before
+    error = refused(capsys, "--out", finished, *words.split())
+    assert named in error and files(finished) == before
 
 def test_a_resumed_run_keeps_its_settings_but_a_few(finished):
     """Its length, its device, its place, the memory settings, and where its files lie."""
@@ -1592,19 +1449,19 @@ def test_a_resumed_run_keeps_its_settings_but_a_few(finished):
         out=str(finished), resume=True, updates=7, micro_batch=3, rollout_batch=5,
         checkpointing=True, vq_model="x", weights="y")
     assert M.parse(["--resume", "--out", str(finished), "--device", "meta"]).device == "meta"
+    assert M.MAY_CHANGE & {*OTHER} == {"updates"}       # of all that changes the outcome of a run
     zeros = [word for name in M.MAY_BE_0 for word in ("--" + name.replace("_", "-"), "0")]
     assert M.parse(zeros).warmup == 0 and M.parse(["--score-steps", "12"]).score_steps == 12
 
-@pytest.mark.parametrize("damage", ["half", "empty", "other", "older", "code", "device"])
+@pytest.mark.parametrize("damage", ["half", "older", "code", "device"])
 def test_a_checkpoint_that_cannot_be_resumed_is_one_line(damage, finished, tmp_path, capsys):
-    """Cut in half, empty, of something else, of an older version, with code, of another device."""
+    """Cut in half, of an older version, with code, of another device."""
     path, checkpoint = tmp_path / "checkpoint.pt", saved(finished)
-    if damage in ("half", "empty"):
-        path.write_bytes((finished / path.name).read_bytes()[:1000 if damage == "half" else 0])
-    else:
-        other = {"other": {}, "older": {**checkpoint, "config": {"length_normalize": True}},
-                 "code": Code(), "device": {**checkpoint, "draws": torch.zeros(16).byte()}}
-        torch.save(other[damage], path)
+    changed = {"half": checkpoint, "older": {**checkpoint, "config": {"length_normalize": True}},
+               "code": Code(), "device": {**checkpoint, "draws": torch.zeros(16).byte()}}
+    torch.save(changed[damage], path)
+    if damage == "half":
+        path.write_bytes(path.read_bytes()[:1000])
     error = refused(capsys, "--resume", "--out", tmp_path, "--updates", 3)
     assert not pathlib.Path("written by code").exists()
     assert ("--device" if damage == "device" else str(path)) in error
@@ -1646,29 +1503,29 @@ def test_tiles_differ_and_are_cut_in_reading_order():
         assert (cell == R.draw_object(shape, color)).all() and i == R.look(
             images_of([scene((shape, color, 1, 2))]))[0, 5]
 
-def test_a_quarter_of_the_meanings_of_each_category_is_held_out():
-    """Rounded up, with all wordings: 1 of 4 shapes; 2 of 6 pairs; 2 of 8 counts, one of each
-    number; 3 of 12 colours; 6 of 24 ordered pairs on 2 axes; 14 of 54 pairs."""
+def test_a_fifth_of_the_meanings_of_each_category_is_held_out():
+    """Rounded up, with all wordings: 1 of 4 shapes; 2 of 6 pairs; 2 of 8 counts; 3 of 12 colours;
+    5 of 24 ordered pairs on 2 axes; 11 of 54 pairs. No text token is in held-out captions only."""
     trained, heldout = R.captions(False), R.captions(True)
-    assert [*map(len, heldout.values())] == [1, 2 * 2, 2, 3, 6 * 2, 14 * 2]
-    assert [*map(len, trained.values())] == [3, 4 * 2, 6, 9, 18 * 2, 40 * 2]
-    assert heldout["single"] + heldout["counting"] == ["a star", "two squares", "three triangles"]
-    assert list(trained) == list(heldout) == list(R.CATEGORIES)
+    assert [*map(len, heldout.values())] == [1, 2 * 2, 2, 3, 5 * 2, 11 * 2]
+    assert [*map(len, trained.values())] == [3, 4 * 2, 6, 9, 19 * 2, 43 * 2]
+    assert heldout["single"] + heldout["counting"] == ["a circle", "two circles", "three stars"]
+    seen, new = ({phrase for texts in side.values() for text in texts for phrase in R.phrases(text)}
+                 for side in (trained, heldout))
+    assert new <= seen
     assert sorted(sum([*trained.values(), *heldout.values()], [])) == sorted(set(EVERY_CAPTION))
     mirrored = {"left of": "right of", "right of": "left of", "above": "below", "below": "above",
                 "and": "and"}
     for side in (trained, heldout):
         for caption in side["two"] + side["position"] + side["attribution"]:
-            word = next(word for word in mirrored if f" {word} " in caption)
-            first, second = caption.split(f" {word} ")
+            first, word, second = re.split(f" ({'|'.join(mirrored)}) ", caption)
             assert any(f"{second} {mirrored[word]} {first}" in texts for texts in side.values())
-        assert {caption.split()[0] for caption in side["counting"]} == {"two", "three"}
 
 def test_text_tokens_are_phrases():
     """By hand; no two captions have the same ones, and every phrase is used."""
     assert R.phrases("a red star and a blue circle") == ["a red star", "and a blue circle"]
     assert R.phrases("a star left of a circle") == ["a star", "left of a circle"]
-    assert R.phrases("two stars") == ["two stars"] and R.phrases("") == []
+    assert R.phrases("two stars") == ["two", "stars"] and R.phrases("") == []
     fresh = shapes()
     rows = [fresh.tokenize(caption) for caption in EVERY_CAPTION]
     assert max(map(len, rows)) == 2 and len(set(map(tuple, rows))) == len(rows)
@@ -1680,7 +1537,6 @@ def test_drawings_are_correct_and_follow_their_conventions():
     for caption in EVERY_CAPTION:
         images = images_of([R.draw_scene(caption, rng) for _ in range(20)])
         assert R.shapes_correct(images, [caption] * 20).eq(1).all()
-        assert R.shapes_correct(images, ["three stars"] * 20).eq(caption == "three stars").all()
         cells = R.look(images)                                                  # (20, 9)
         places = [row.nonzero()[:, 0] for row in cells >= 0]
         above = "above" in caption or "below" in caption
@@ -1692,7 +1548,7 @@ def test_drawings_are_correct_and_follow_their_conventions():
     assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.03)
     prompts, pictures = R.draw_pairs(300, rng)
     assert R.shapes_correct(images_of(pictures.tolist()), prompts).eq(1).all()
-    for part, share in ((R.captions(False), 0.3), (R.captions(True), 0.1)):     # of 6 / 15 in all
+    for part, share in ((R.captions(False), 0.31), (R.captions(True), 0.07)):   # of 6 / 15 in all
         assert all(set(texts) & set(prompts) for texts in part.values())
         assert sum(prompt in part["position"] for prompt in prompts) / 300 > 0.8 * share
 
@@ -1703,14 +1559,11 @@ LEFT_RIGHT = [("circle", "red", 2, 0), ("star", "red", 0, 1)]       # the circle
     ("a star", [STAR], 1), ("a star", [], 0), ("a star", [("circle", "red", 0, 0)], 0),
     ("a star", [STAR, ("star", "red", 2, 2)], 1 / 2),                       # one too many
     ("a star", [STAR, ("circle", "red", 1, 1)], 1 / 2),                     # uncalled for
-    ("two stars", PAIR, 1), ("three stars", PAIR, 2 / 3), ("two stars", [STAR], 1 / 2),
-    ("two stars", [*PAIR, ("star", "red", 2, 2)], 2 / 3),
-    ("a red star", [("star", "blue", 0, 0)], 0),
+    ("two stars", PAIR, 1), ("three stars", PAIR, 2 / 3), ("a red star", [PAIR[1]], 0),
     ("a circle and a star", LEFT_RIGHT, 1), ("a circle left of a star", LEFT_RIGHT, 1),
     ("a circle right of a star", LEFT_RIGHT, 1 / 2), ("a circle below a star", LEFT_RIGHT, 1),
-    ("a circle above a star", LEFT_RIGHT, 1 / 2), ("a star left of a circle", LEFT_RIGHT, 1 / 2),
+    ("a circle above a star", LEFT_RIGHT, 1 / 2),
     ("a circle left of a star", [("circle", "red", 0, 0), ("star", "red", 1, 0)], 1 / 2),
-    ("a circle above a star", [("circle", "red", 0, 0), ("star", "red", 0, 1)], 1 / 2),
     ("a red circle and a blue star", [("star", "blue", 0, 0), ("circle", "red", 1, 1)], 1),
     ("a red circle and a blue star", [("star", "red", 0, 0), ("circle", "blue", 1, 1)], 0),
     ("a red circle and a blue star", [("star", "red", 0, 0), ("circle", "red", 1, 1)], 1 / 2)])
@@ -1791,15 +1644,6 @@ def test_pickscore_is_transformers_clip(tmp_path):
     with pytest.raises(SystemExit, match="lack text_projection.weight"):
         R.load_reward(f"pickscore:{tmp_path}")
 
-def test_a_bug_in_a_module_of_the_readers_own_keeps_its_traceback(tmp_path, monkeypatch):
-    """A module that imports what does not exist, and one that fails otherwise."""
-    (tmp_path / "bad_import.py").write_text("import no_such_package\n")
-    (tmp_path / "bad_line.py").write_text("import torch\ntorch.no_such_name\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for spec, error in (("bad_import:f", ModuleNotFoundError), ("bad_line:f", AttributeError)):
-        with pytest.raises(error, match="no_such"):
-            R.load_reward(spec)
-
 def test_captions_are_read_from_text_and_json(tmp_path):
     """Blank lines, empty captions and a byte order mark are none; only a line feed ends a line."""
     for name, text in {
@@ -1815,7 +1659,7 @@ def test_captions_are_read_from_text_and_json(tmp_path):
 
 @pytest.mark.parametrize("n, held", [(2, 1), (10, 1), (11, 2), (640, 64), (641, 64), (2000, 64)])
 def test_a_fixed_tenth_of_the_captions_is_held_out(tmp_path, n, held):
-    """Rounded up and at most 64; the same whatever their order, and doubles count once."""
+    """Rounded up, at most 64; the same in any order. Duplicates count once."""
     captions, sides = [f"caption {i}" for i in range(n)], []
     for texts in (captions, captions[::-1] + captions[:7]):
         (tmp_path / "captions.txt").write_text("\n".join(texts))
@@ -1847,7 +1691,8 @@ def test_a_grid_shows_each_picture_under_its_caption_with_its_score(tmp_path, mo
 
 # ---- README.md and assets/ -----------------------------------------------------------------------
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
+README, STUDY, SHOW_O = ((HERE / name).read_text(encoding="utf-8")
+                         for name in ("README.md", "assets/study.md", "assets/show-o.md"))
 
 def test_the_readmes_reward_and_the_model_above_run(own_model, tmp_path, monkeypatch):
     """Its code block and its command: trained, resumed, and sampled from."""
@@ -1861,40 +1706,167 @@ def test_the_readmes_reward_and_the_model_above_run(own_model, tmp_path, monkeyp
     M.main([*flags(out="pictures", generate="captions.txt", weights="out/checkpoint.pt"), *command])
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3 * 4
 
+def test_sections_1_to_4_can_be_copied():
+    """Below the imports that their text names, they train a model of another kind: a reward rises.
+
+    Two prompts, six tokens, four codes. The reward is the share of tokens that equal the prompt + 1.
+    """
+    text = (HERE / "mask_grpo.py").read_text(encoding="utf-8")
+    pasted = text[text.index("# 1. The sampler"):text.index("# 5. One update")]
+    needed = re.search(r"They need (.*?)\.", pasted)[1].replace(" and ", ", ").split(", ")
+    special = {"F": "import torch.nn.functional as F", "deque": "from collections import deque"}
+    copied = types.SimpleNamespace()
+    exec("\n".join(special.get(name, f"import {name}") for name in needed) + "\n" + pasted,
+         vars(copied))
+
+    class Model(torch.nn.Sequential):
+        num_tokens, codebook_size = 6, 4
+        def forward(self, prompt_ids, tokens):
+            inputs = torch.cat([prompt_ids, tokens], 1)                         # (B, 7)
+            return super().forward(F.one_hot(inputs, 5).flatten(1).float()).view(-1, 6, 4)
+
+    torch.manual_seed(0)
+    model = Model(torch.nn.Linear(35, 64), torch.nn.ReLU(), torch.nn.Linear(64, 24))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    ids, rewards = torch.tensor([[0], [1]]).repeat_interleave(8, 0), []         # (16, 1)
+    b, t = torch.cartesian_prod(torch.arange(16), torch.arange(3)).unbind(1)    # (48,) each
+    for _ in range(60):
+        path = copied.rollout(model, ids, 3, generator=seeded(len(rewards)))
+        reward = (path.tokens == ids + 1).float().mean(1)                       # (16,)
+        advantage = copied.group_advantage(reward.view(2, 8)).flatten()         # (16,)
+        logp = copied.replay_logprob(model, ids, path, b, t, "p1")              # (48,)
+        loss, _ = copied.grpo_loss(logp, logp.detach(), advantage[b], 0.1, 0.2)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        rewards.append(reward.mean().item())
+    assert rewards[0] < 0.5 and sum(rewards[-5:]) / 5 > 0.9
+
 def test_a_trained_show_o_opens_in_show_os_own_code(showo, tmp_path, monkeypatch):
-    """The README's line, beside the published config: names and shapes; and it loads here."""
+    """The line of show-o.md, beside the published config: names and shapes; and it loads here."""
     M.main(showo_flags(showo, "out"))
-    exec(re.search(r'`python -c "(.*?)"`', README)[1], {})
+    exec(re.search(r'^python -c "(.*?)"$', SHOW_O, re.MULTILINE)[1], {})
     published, trained = (load_file(pathlib.Path(folder, "pytorch_model.safetensors"))
                           for folder in (showo["showo"], "."))
     assert {n: x.shape for n, x in trained.items()} == {n: x.shape for n, x in published.items()}
     assert not same(trained.values(), [published[name] for name in trained])
     M.load_showo(showo["showo"], showo["magvit"], "pytorch_model.safetensors")
 
-def test_the_readme_names_what_there_is():
-    """Flags, files and tests; and its figures are what their script draws of what is kept."""
+@pytest.mark.parametrize("page, folder", [(README, HERE), (STUDY, HERE / "assets"),
+                                          (SHOW_O, HERE / "assets")])
+def test_a_page_names_what_there_is(page, folder):
+    """Flags, files and tests."""
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(M.Config)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    assert named - fields <= {"--force-reinstall", "--no-divide-by-std"} and len(named) > 10
-    paths = re.findall(r'\]\((?!http)(.+?)\)|src="(.+?)"', README)
-    assert len(paths) > 5 and all((HERE / "".join(path)).exists() for path in paths)
-    tests = set(re.findall(r"`(test_\w+)`", README))
-    assert len(tests) > 5 and tests <= globals().keys()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    assert named - fields <= {"--force-reinstall", "--no-divide-by-std", "--nproc-per-node",
+                              "--shutdown-timeout"} and len(named) > 3
+    paths = re.findall(r'\]\((?!http)(.+?)[)#]|src="(.+?)"', page)
+    assert len(paths) > 1 and all((folder / "".join(path)).exists() for path in paths)
+    assert set(re.findall(r"`(test_\w+)`", page)) <= globals().keys()
+    assert set(re.findall(r"\d\.\d\d ± \d\.\d\d", page)) <= set(STUDY.split(" | "))
+
+def test_the_figures_are_what_their_script_draws():
+    """Of what is kept. Fonts may differ by a little."""
     for name, figure in runpy.run_path(str(HERE / "assets" / "figures.py"))["FIGURES"].items():
         drawn, kept = np.asarray(figure()), np.asarray(Image.open(HERE / "assets" / name))
-        assert drawn.shape == kept.shape and (drawn == kept).mean() > 0.99      # fonts may differ
+        assert drawn.shape == kept.shape and (drawn == kept).mean() > 0.99
 
-@pytest.mark.parametrize("script", ["costs", "study", "over_t"])
-def test_the_readmes_tables_are_what_their_scripts_print(script, tmp_path, capsys, monkeypatch):
-    """What one printed of runs that are too large to keep is kept; without a run it is one line."""
+@pytest.mark.parametrize("script, page", [("costs", SHOW_O), ("study", STUDY), ("over_t", STUDY),
+                                          ("changes", STUDY), ("figures", None)])
+def test_tables_are_what_their_scripts_print(script, page, tmp_path, capsys, monkeypatch):
+    """Or printed once, where runs are too large to keep. A folder without runs is one line."""
     kept, path = HERE / "assets" / f"{script}.txt", str(HERE / "assets" / f"{script}.py")
     monkeypatch.setattr(M, "MagvitDecoder", Decoder)
-    monkeypatch.setattr(sys, "argv", [script] + [str(tmp_path / "none")] * kept.exists())
-    if kept.exists():
-        with pytest.raises(SystemExit, match="none holds no run"):
+    if script != "costs":
+        monkeypatch.setattr(sys, "argv", [script, str(tmp_path)])
+        with pytest.raises(SystemExit, match="holds no run") as stop:
             runpy.run_path(path, run_name="__main__")
-        lines = kept.read_text(encoding="utf-8").splitlines()
-    else:
+        assert "\n" not in stop.value.code
+        capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [script])
+    if page and not kept.exists():
         runpy.run_path(path, run_name="__main__")
-        lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 3 and [line for line in lines if line not in README.splitlines()] == []
+    text = kept.read_text(encoding="utf-8") if kept.exists() else capsys.readouterr().out
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert not page or len(table) >= 3 and not set(table) - set(page.splitlines())
+
+# ---- assets/several_gpus.patch -------------------------------------------------------------------
+
+WORKER = """
+import signal, sys
+import numpy as np
+import torch
+import mask_grpo as M
+
+RED
+M.reward.REWARDS["red"] = lambda device: red
+make, sample, rank, update = M.make_policy, M.sample_groups, M.RANK, iter(range(1, 9))
+def remember(*arguments):
+    global policy
+    return (policy := make(*arguments))
+
+def sample_or_not(*arguments):          # in update 2 all groups of rank 1 vanish, and it is stopped
+    groups = sample(*arguments)
+    if (next(update), rank, len(sys.argv)) != (2, 1, LENGTH):
+        return groups
+    signal.raise_signal(signal.SIGINT)
+    return groups._replace(prompts=[], rewards=groups.rewards[:0],
+                           trajectory=M.Trajectory(*(x[:0] for x in groups.trajectory)))
+
+M.make_policy, M.sample_groups = remember, sample_or_not
+try:
+    M.main(sys.argv[1:])
+finally:
+    torch.save(policy.state_dict(), f"rank{rank}.pt")
+"""
+
+def processes(words):
+    """Run the worker as two processes -> their exit statuses, outputs, and weights"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    usual = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+             "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([sys.executable, "worker.py", *words], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**os.environ, **usual, "RANK": rank, "LOCAL_RANK": rank})
+               for rank in "01"]
+    outputs = [process.communicate(timeout=120) for process in running]
+    return ([process.returncode for process in running], outputs,
+            [torch.load(f"rank{rank}.pt") for rank in "01"])
+
+def test_two_processes_learn_as_one_does_from_the_groups_of_both(tmp_path, monkeypatch):
+    """Three updates, interrupted by a signal to rank 1. The ranks' weights are equal bit by bit."""
+    for file in ("mask_grpo.py", "reward.py"):
+        shutil.copy(HERE / file, tmp_path)
+    subprocess.run(["git", "apply", HERE / "assets" / "several_gpus.patch"], check=True)
+    settings = dict(reward="red", updates=3, groups=8, max_grad_norm=0.1)
+    words = flags(out="two", **settings)
+    (tmp_path / "worker.py").write_text(WORKER.replace("LENGTH", str(1 + len(words))).replace(
+        "RED", inspect.getsource(red)))
+    status, outputs, (one, two) = processes(words)
+    assert status == [1, 0] and "stopped after update 2" in outputs[0][1] and not outputs[1][0]
+    assert len(saved("two")["rows"]) == 2 and same(one.values(), two.values())
+    status, outputs, (one, two) = processes(["--resume", "--out", "two"])
+    assert status == [0, 0] and "update   3/3" in outputs[0][0] and not outputs[1][0]
+    assert same(one.values(), two.values())
+
+    sample, update, filters = M.sample_groups, itertools.count(1), [None, M.SampleFilter(0.1)]
+    def sample_both(policy, reward_fn, captions, sieve, config, generator):
+        half, u = dataclasses.replace(config, groups=config.groups // 2), next(update)
+        mine = sample(policy, reward_fn, captions, sieve, half, generator)
+        other = sample(policy, reward_fn, captions, filters[1], half,
+                       seeded(zlib.crc32(f"0 1 {u}".encode())))
+        if u == 2:
+            return mine
+        return M.Groups(mine.prompts + other.prompts,
+                        M.Trajectory(*map(torch.cat, zip(mine.trajectory, other.trajectory))),
+                        *map(torch.cat, zip(mine[2:], other[2:])))
+
+    monkeypatch.setattr(M, "sample_groups", sample_both)
+    together, rows = run(tmp_path / "one", **{**settings, "groups": 16})
+    start = M.read_weights(next((tmp_path / "one").glob("base*")))
+    moved, apart = (sum((x[name] - together["policy"][name]).square().sum() for name in start)
+                    for x in (start, one))
+    assert apart < 1e-6 * moved
+    for row, alone in zip(read_rows(tmp_path / "two"), rows, strict=True):
+        assert float(row["grad"]) == pytest.approx(float(alone["grad"]), rel=1e-3)
