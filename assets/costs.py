@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Counts what Show-o 512 x 512 costs: `python assets/costs.py` prints the table in the README.
+"""Counts what Show-o 512 x 512 costs: `python assets/costs.py` prints the table of show-o.md.
 
-The FLOPs are products of matrices, two per multiply-add, counted by torch on tensors without
-storage for a caption of 16 tokens. Only one and two layers are counted: all 24 are alike.
+The FLOPs are those of matrix products, two per multiply-add, counted by torch on meta tensors for a
+caption of 16 tokens. The counts for one and two layers are extrapolated to all 24.
 """
 import contextlib
 import pathlib
@@ -19,7 +19,9 @@ import mask_grpo as M  # noqa: E402
 
 PEAKS = {"RTX 4090": 165, "A100": 312, "H100": 989}         # bf16, TFLOP/s
 SHARE = 0.4                                                 # of the peak
-ROWS = (("the paper's setting", 50, 50), ("`--score-steps 10`", 50, 10), ("`--steps 20`", 20, 20))
+# title, T, steps that the loss uses, cards that share the groups of an update
+ROWS = (("the paper's setting", 50, 50, 1), ("`--score-steps 10`", 50, 10, 1),
+        ("`--steps 20`", 20, 20, 1), ("8 cards, `--groups 2` on each", 50, 50, 8))
 
 def count(function):
     """The FLOPs of a call."""
@@ -53,9 +55,10 @@ def main():
     evaluation = 2 * 64 * (2 * 50 * forward + finished)     # both splits, with guidance
     print(f"| | sampling | learning | update | evaluation | {' | '.join(PEAKS)} |")
     print("|---" * (5 + len(PEAKS)) + "|")
-    for name, steps, used in ROWS:
-        sampling, learning = 96 * steps * forward, 96 * used * learned
-        update = sampling + learning + 96 * finished
+    for name, steps, used, cards in ROWS:
+        pictures = 96 / cards                               # only one card evaluates
+        sampling, learning = pictures * steps * forward, pictures * used * learned
+        update = sampling + learning + pictures * finished
         cells = [f"{flops / 1e15:.1f}" for flops in (sampling, learning, update, evaluation)]
         for peak in PEAKS.values():
             rate = SHARE * peak * 1e12

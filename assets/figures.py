@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Draws the README's figures from what is kept in this folder: `python assets/figures.py`
+"""Draws the figures from what is kept in this folder: `python assets/figures.py`
 
-step.png        one step, from the numbers of the drawing at the top of mask_grpo.py
+step.png        one step, from the example at the top of mask_grpo.py
 pictures.png    pictures of pictures.json: the base and the trained policy
+unmasking.png   the last caption of pictures.json that training fixed, step by step
+revealing.png   what each step reveals, from changes.txt
 curves.png      the training rewards of study.tar.xz
-unmasking.png   the last caption of pictures.json that training mended, step by step
+hacking.png     pictures of pictures.json: trained on a reward that can be hacked
 
-`python assets/figures.py RUN` first writes pictures.json anew: the first held-out caption of each
-category, sampled with the same noise by the base and the trained policy of the run in folder RUN.
+`python assets/figures.py STUDY` first writes pictures.json anew, from the runs of seed 0 in a
+folder that study.sh has filled. It samples the first held-out caption of each category, with the
+same noise for all policies.
 """
 import csv
 import json
@@ -25,6 +28,8 @@ sys.path.insert(0, str(HERE.parent))
 import mask_grpo  # noqa: E402
 import reward  # noqa: E402
 
+WIDTH = 1000                                    # of all figures; a phone shows 390 of them
+KEPT, DISCARDED, INK = "#1b6e3c", "#a33b2e", "black"
 # one step
 DRAWN = ("sky", "cat", "sky", "dog")
 NOISY_CONFIDENCE = (-0.3, -2.1, -0.9, -1.6)     # the two highest are kept
@@ -34,13 +39,18 @@ FACTORS = (                                     # what each definition multiplie
     ("ar", ("p(sky)", "p(cat)", "p(sky)", "p(dog)")),
     ("p2", ("p(sky)", "", "p(sky)", "")),
     ("p1", ("p(sky)", "P(below)", "p(sky)", "P(below)")))
-LEFT, COLUMN, WIDTH, HEIGHT = 230, 190, 1010, 760
-KEPT, DISCARDED, INK = "#1b6e3c", "#a33b2e", "black"
-# curves
-CURVES = (("p1, Eq. 14 with noise", "default", (31, 95, 180)),
-          ("p2, Eq. 15", "--transition=p2", (224, 120, 0)),
-          ("AR-style, Eq. 13", "--transition=ar", (110, 110, 110)))
+LEFT, COLUMN = 220, 190
+# what a step reveals, in the order of changes.txt
+KINDS = (("background", "#d0d0d0"), ("an object's first tile", "#c04a1a"),
+         ("its other tiles", "#f2b48c"))
+# training rewards
+CURVES = (("p1: Eq. 14 with the noise", "default", (31, 95, 180)),
+          ("p2: Eq. 15", "--transition=p2", (224, 120, 0)),
+          ("ar: Eq. 13", "--transition=ar", (110, 110, 110)))
 SMOOTH = 5                                      # updates in the running mean
+# policies in pictures.json, and the folders of their runs
+HACKED = "--reward=assets.hacking:recall --measure=shapes"
+RUNS = {"trained": "default", "hacked": HACKED, "held back": f"{HACKED} --beta=1"}
 
 
 def font(size):
@@ -54,7 +64,7 @@ def write(draw, x, y, text, size=30, color=INK, anchor="mm"):
 
 
 def tokens(draw, y, title, names):
-    """A row of four tokens, 64 pixels high, with its title at the left."""
+    """A row of four tokens, 64 pixels high, with its title on the left."""
     write(draw, 20, y, title, anchor="lm")
     for i, name in enumerate(names):
         x = LEFT + i * COLUMN
@@ -64,32 +74,37 @@ def tokens(draw, y, title, names):
 
 def one_step():
     """Four positions: draws, noisy confidences with their threshold, outcome, factors -> Image"""
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    image = Image.new("RGB", (WIDTH, 800), "white")
     draw = ImageDraw.Draw(image)
     tokens(draw, 60, "state", ("MASK",) * 4)
     tokens(draw, 150, "draws", DRAWN)
 
-    top, scale = 215, 70                                    # pixels per unit of log-probability
-    write(draw, 20, top + 80, "noisy", anchor="lm")
-    write(draw, 20, top + 116, "confidence", anchor="lm")
+    top, scale = 220, 80                                    # pixels per unit of log-probability
+    write(draw, 20, top + 70, "noisy", anchor="lm")
+    write(draw, 20, top + 106, "confidence", anchor="lm")
+    draw.line((LEFT, top, LEFT, top + 2.4 * scale), INK, 2)                 # the number line
+    for tick in (0, -1, -2):
+        y = top - tick * scale
+        draw.line((LEFT - 6, y, LEFT + 6, y), INK, 2)
+        write(draw, LEFT - 14, y, str(tick), 26, anchor="rm")
     for i, value in enumerate(NOISY_CONFIDENCE):
-        x, kept = LEFT + i * COLUMN + COLUMN // 2, value >= THRESHOLD
-        y = top - int(value * scale)
-        draw.rectangle((x - 45, y, x + 45, top + 175), KEPT if kept else DISCARDED)
-        write(draw, x, y - 18, f"{value:.1f}", 26)
-    y = top - int(THRESHOLD * scale)
-    for x in range(LEFT + 10, WIDTH - 20, 20):              # dashed
+        x, y = LEFT + i * COLUMN + COLUMN // 2, top - value * scale
+        draw.line((x, top, x, y), "#c0c0c0", 3)
+        draw.ellipse((x - 11, y - 11, x + 11, y + 11), KEPT if value >= THRESHOLD else DISCARDED)
+        write(draw, x + 20, y + (14 if value == THRESHOLD else 0), f"{value:.1f}", 28, anchor="lm")
+    y = top - THRESHOLD * scale
+    for x in range(LEFT, WIDTH - 20, 20):                   # dashed
         draw.line((x, y, x + 10, y), INK, 3)
-    write(draw, WIDTH - 20, y - 20, "threshold", 26, anchor="rm")
+    write(draw, LEFT + COLUMN + 12, y - 20, "threshold", 28)
 
-    tokens(draw, 450, "next state", [name if value >= THRESHOLD else "MASK"
+    tokens(draw, 480, "next state", [name if value >= THRESHOLD else "MASK"
                                      for name, value in zip(DRAWN, NOISY_CONFIDENCE)])
     for i, value in enumerate(NOISY_CONFIDENCE):
-        write(draw, LEFT + i * COLUMN + COLUMN // 2, 502,
-              "revealed: U" if value >= THRESHOLD else "masked again: R", 24)
-    draw.line((20, 525, WIDTH - 20, 525), "gray", 2)
+        write(draw, LEFT + i * COLUMN + COLUMN // 2, 536,
+              "revealed: U" if value >= THRESHOLD else "masked again: R", 25)
+    draw.line((20, 562, WIDTH - 20, 562), "gray", 2)
     for row, (name, factors) in enumerate(FACTORS):
-        y = 567 + 60 * row
+        y = 604 + 60 * row
         write(draw, 20, y, f"{name} =", 34, anchor="lm")
         seen = False
         for i, factor in enumerate(factors):
@@ -99,30 +114,38 @@ def one_step():
             if factor and seen:
                 write(draw, x, y, "x")
             seen = seen or bool(factor)
-    write(draw, 20, HEIGHT - 30, "P(below): the chance that a draw at this position ranks below "
-          "the threshold", 29, anchor="lm")
+    text = "P(below): the chance that a fresh draw here ranks below the threshold"
+    write(draw, 20, 770, text, 28, anchor="lm")
     return image
 
 
-def keep_pictures(run):
-    """Sample one caption of each category by the base and the trained policy -> pictures.json"""
-    saved = torch.load(pathlib.Path(run, "checkpoint.pt"), "cpu")
-    config = mask_grpo.Config(**saved["config"])
-    policy = mask_grpo.shapes_policy(config)
-    captions = [group[0] for group in saved["captions"][1].values()]
-    kept = {"captions": captions, "seed": config.seed, "updates": len(saved["rows"])}
-    base = torch.load(next(pathlib.Path(run).glob("base-*.pt")), "cpu")
-    for name, weights in (("base", base), ("trained", saved["policy"])):
-        policy.load_state_dict(weights)
-        generator = torch.Generator().manual_seed(config.seed + 1)
-        trajectory = mask_grpo.sample(policy, captions, config, config.eval_steps, generator)
-        kept[name] = {"tokens": trajectory.tokens.tolist(),
-                      "revealed_at": trajectory.revealed_at.tolist()}
+def keep_pictures(study):
+    """Sample a picture per category from the base and the policies of RUNS -> pictures.json"""
+    kept = {}
+    for name, flags in RUNS.items():
+        run = study / "0" / flags
+        saved = torch.load(run / "checkpoint.pt", "cpu")
+        config = mask_grpo.Config(**{**saved["config"], "device": "cpu"})
+        policy = mask_grpo.shapes_policy(config)
+        kept["captions"] = [texts[0] for texts in saved["captions"][1].values()]
+        base = torch.load(next(run.glob("base-*.pt")), "cpu")
+        for title, weights in (("base", base), (name, saved["policy"])):
+            policy.load_state_dict(weights)
+            generator = torch.Generator().manual_seed(config.seed + 1)
+            trajectory = mask_grpo.sample(policy, kept["captions"], config, config.eval_steps,
+                                          generator)
+            kept[title] = {"tokens": trajectory.tokens.tolist(),
+                           "revealed_at": trajectory.revealed_at.tolist()}
     (HERE / "pictures.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
+def read_pictures():
+    """pictures.json -> dict"""
+    return json.loads((HERE / "pictures.json").read_text(encoding="utf-8"))
+
+
 def pixels(codes, masked=None):
-    """Codes (36,) -> Image of 48 x 48 pixels; masked: the positions that are gray"""
+    """Codes (36,) -> Image of 48 x 48 pixels; masked: the positions that are grey"""
     tiles = reward.TILES[torch.tensor(codes)]                                   # (36, p, p, 3)
     if masked is not None:
         tiles[masked] = 205
@@ -139,12 +162,84 @@ def framed(image, scale):
     return image
 
 
+def base_and_trained():
+    """Six pairs of pictures, the base's to the left of the trained policy's -> Image"""
+    kept = read_pictures()
+    image = Image.new("RGB", (WIDTH, 560), "white")
+    draw = ImageDraw.Draw(image)
+    for i, caption in enumerate(kept["captions"]):
+        x, y = 12 + i % 3 * 332, 76 + i // 3 * 280
+        for j, line in enumerate(textwrap.wrap(caption, 21)[::-1]):
+            write(draw, x, y - 10 - 31 * j, line, 29, anchor="ls")
+        for j, name in enumerate(("base", "trained")):
+            shown = pixels(kept[name]["tokens"][i])
+            image.paste(framed(shown, 3), (x + 154 * j, y))
+            right = bool(reward.shapes_correct([shown], [caption]))
+            write(draw, x + 154 * j, y + 164, f"{name}: {'right' if right else 'wrong'}", 25,
+                  KEPT if right else DISCARDED, "lm")
+    return image
+
+
+def unmasking(columns=4):
+    """A caption that training fixed: rows for base and trained policy, columns for steps -> Image
+
+    The last one that only the trained policy gets right; the last of all if there is none.
+    """
+    kept = read_pictures()
+    base, trained = (reward.shapes_correct([*map(pixels, kept[name]["tokens"])], kept["captions"])
+                     for name in ("base", "trained"))
+    i = max((trained > base).nonzero()[:, 0].tolist(), default=-1)
+    steps = 1 + max(kept["base"]["revealed_at"][i])
+    image = Image.new("RGB", (WIDTH, 640), "white")
+    draw = ImageDraw.Draw(image)
+    write(draw, 10, 36, f"{kept['captions'][i]}", 38, anchor="lm")
+    for row, name in enumerate(("base", "trained")):
+        revealed_at = torch.tensor(kept[name]["revealed_at"][i])
+        for column in range(columns):
+            x, y, t = 10 + 248 * column, 72 + 290 * row, steps * (column + 1) // columns
+            shown = pixels(kept[name]["tokens"][i], revealed_at >= t)
+            image.paste(framed(shown, 5), (x, y))
+            write(draw, x, y + 262, f"{name}, step {t}", 30, anchor="lm")
+    return image
+
+
+def revealing():
+    """What each step reveals, in tokens per picture: base left, trained right -> Image
+
+    A column is a step. It is divided into background, first tiles of objects, and other tiles.
+    """
+    lines = [line.rsplit(": ", 1) for line in
+             (HERE / "changes.txt").read_text(encoding="utf-8").splitlines() if line[0] != "|"]
+    image = Image.new("RGB", (WIDTH, 560), "white")
+    draw, bottom, scale, wide = ImageDraw.Draw(image), 430, 68, 34
+    for i, name in enumerate(("base", "trained")):
+        x0 = 60 + 490 * i
+        write(draw, x0, 36, {"base": "base", "trained": "after Mask-GRPO"}[name], 36, anchor="lm")
+        parts = [[float(x) for x in values.split()] for key, values in lines
+                 if key.startswith(f"{name}: ")]
+        for t, column in enumerate(zip(*parts)):
+            x, y = x0 + t * (wide + 3), bottom
+            for value, (_, color) in zip(column, KINDS):
+                draw.rectangle((x, y - value * scale, x + wide - 1, y), color)
+                y -= value * scale
+            write(draw, x + wide / 2, bottom + 22, str(t + 1), 26)
+        write(draw, x0 + 6 * (wide + 3), bottom + 56, "step", 28)
+        for count in range(0, 6, 2):
+            write(draw, x0 - 10, bottom - count * scale, str(count), 26, anchor="rm")
+    x = 60
+    for name, color in KINDS:
+        draw.rectangle((x, 515, x + 26, 541), color)
+        write(draw, x + 38, 528, name, 30, anchor="lm")
+        x += 90 + draw.textlength(name, font(30))
+    return image
+
+
 def curves():
     """The rewards of the runs kept for each of CURVES, smoothed -> a list of (S, updates)"""
     rewards = [[] for _ in CURVES]
     with tarfile.open(HERE / "study.tar.xz") as tar:
         for member in sorted(tar, key=lambda member: member.name):
-            _, _, flags, file = member.name.split("/")
+            _, flags, file = member.name.split("/")
             for kept, (_, wanted, _) in zip(rewards, CURVES):
                 if file == "metrics.csv" and flags == wanted:
                     rows = csv.DictReader(tar.extractfile(member).read().decode().splitlines())
@@ -157,25 +252,24 @@ def curves():
 
 def chart(low=0.2):
     """The mean over seeds and their range, for each of CURVES -> Image"""
-    image = Image.new("RGB", (760, 960), "white")
-    runs, draw, (left, top, right, bottom) = curves(), ImageDraw.Draw(image), (90, 100, 730, 840)
+    image = Image.new("RGB", (WIDTH, 600), "white")
+    runs, draw, (left, top, right, bottom) = curves(), ImageDraw.Draw(image), (80, 80, 970, 490)
     updates = runs[0].shape[1]
-    write(draw, 20, 40, "mean training reward", 42, anchor="lm")
+    write(draw, 20, 34, "mean training reward", 36, anchor="lm")
 
     def points(values):
         return [(left + (right - left) * i / (updates - 1),
                  bottom - (bottom - top) * (value - low) / (1 - low))
                 for i, value in enumerate(values.tolist())]
 
-    for tenth in range(round(low * 10), 11):
+    for tenth in range(round(low * 10), 11, 2):
         y = bottom - (bottom - top) * (tenth / 10 - low) / (1 - low)
         draw.line((left, y, right, y), "#d9d9d9", 2)
-        write(draw, left - 14, y, f"{tenth / 10:.1f}", 34, anchor="rm")
-    for update in (1, *range(9, 100, 9)):
-        if update <= updates:
-            x = left + (right - left) * (update - 1) / (updates - 1)
-            write(draw, x, bottom + 34, str(update), 34)
-    write(draw, (left + right) / 2, bottom + 84, "update", 34)
+        write(draw, left - 14, y, f"{tenth / 10:.1f}", 30, anchor="rm")
+    for update in (1, *range(9, updates + 1, 9)):
+        x = left + (right - left) * (update - 1) / (updates - 1)
+        write(draw, x, bottom + 30, str(update), 30)
+    write(draw, (left + right) / 2, bottom + 76, "update", 30)
     for rewards, (_, _, color) in zip(runs, CURVES):
         shade = Image.new("L", image.size)
         outline = points(rewards.amax(0)) + points(rewards.amin(0))[::-1]
@@ -183,66 +277,42 @@ def chart(low=0.2):
         image.paste(color, mask=shade)
     for i, (rewards, (name, _, color)) in enumerate(zip(runs, CURVES)):
         draw.line(points(rewards.mean(0)), color, 7, "curve")
-        y = bottom - 150 + 54 * i
-        draw.line((left + 30, y, left + 90, y), color, 9)
-        write(draw, left + 110, y, name, 36, anchor="lm")
+        y = bottom - 150 + 48 * i
+        draw.line((right - 480, y, right - 420, y), color, 9)
+        write(draw, right - 400, y, name, 32, anchor="lm")
     return image
 
 
-def base_and_trained():
-    """The pictures that were kept, of the base and of the trained policy side by side -> Image"""
-    kept = json.loads((HERE / "pictures.json").read_text(encoding="utf-8"))
-    image = Image.new("RGB", (760, 960), "white")
+def hacking(columns=4):
+    """Pictures after training on a reward that ignores extras, and with a KL as well -> Image"""
+    kept = read_pictures()
+    image = Image.new("RGB", (WIDTH, 620), "white")
     draw = ImageDraw.Draw(image)
-    write(draw, 20, 40, f"base | after {kept['updates']} updates", 42, anchor="lm")
-    for i, caption in enumerate(kept["captions"]):
-        x, y = 20 + i % 2 * 370, 130 + i // 2 * 282
-        for j, line in enumerate(textwrap.wrap(caption, 20)[::-1]):
-            write(draw, x, y - 8 - 32 * j, line, 30, anchor="ls")
-        for j, name in enumerate(("base", "trained")):
-            shown = pixels(kept[name]["tokens"][i])
-            image.paste(framed(shown, 3), (x + 158 * j, y))
-            right = bool(reward.shapes_correct([shown], [caption]))
-            write(draw, x + 158 * j, y + 164, "right" if right else "wrong", 30,
-                  KEPT if right else DISCARDED, "lm")
+    for i in range(columns):
+        x = 14 + 246 * i
+        for j, line in enumerate(textwrap.wrap(kept["captions"][i + 2], 15)[::-1]):
+            write(draw, x, 104 - 32 * j, line, 29, anchor="ls")
+        for row, name in enumerate(("hacked", "held back")):
+            y = 118 + 250 * row
+            image.paste(framed(pixels(kept[name]["tokens"][i + 2]), 4), (x, y))
+            if i == 0:
+                beta = (RUNS[name].split("--beta=") + ["0"])[1]
+                write(draw, x, y + 216, f"beta {beta}", 30, anchor="lm")
     return image
 
 
-def unmasking(columns=6):
-    """A caption that training mended: rows for base and trained policy, columns for steps -> Image
-
-    The last one that only the trained policy gets right; the last of all if there is none.
-    """
-    kept = json.loads((HERE / "pictures.json").read_text(encoding="utf-8"))
-    base, trained = (reward.shapes_correct([*map(pixels, kept[name]["tokens"])], kept["captions"])
-                     for name in ("base", "trained"))
-    i = max((trained > base).nonzero()[:, 0].tolist(), default=-1)
-    steps = 1 + max(kept["base"]["revealed_at"][i])
-    times = [round(steps * column / columns) for column in range(1, columns + 1)]
-    image = Image.new("RGB", (1500, 690), "white")
-    draw = ImageDraw.Draw(image)
-    write(draw, 10, 40, f"{kept['captions'][i]}, after t of {steps} steps", 42, anchor="lm")
-    for row, name in enumerate(("base", "trained")):
-        revealed_at = torch.tensor(kept[name]["revealed_at"][i])
-        for column, t in enumerate(times):
-            x, y = 10 + 250 * column, 80 + 305 * row
-            shown = pixels(kept[name]["tokens"][i], revealed_at >= t)
-            image.paste(framed(shown, 5), (x, y))
-            title = f"{name}, t = {t}" if column == 0 else f"t = {t}"
-            write(draw, x, y + 264, title, 36, anchor="lm")
-    return image
-
-
-FIGURES = {"step.png": one_step, "pictures.png": base_and_trained, "curves.png": chart,
-           "unmasking.png": unmasking}
-NEEDED = {"study.tar.xz": "the loop in README makes it",
-          "pictures.json": "name the folder of a run"}
+FIGURES = {"step.png": one_step, "pictures.png": base_and_trained, "unmasking.png": unmasking,
+           "revealing.png": revealing, "curves.png": chart, "hacking.png": hacking}
+NEEDED = {"study.tar.xz": "see study.md", "changes.txt": "assets/changes.py prints it",
+          "pictures.json": "name the folder that study.sh has filled"}
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        if not pathlib.Path(sys.argv[1], "checkpoint.pt").exists():
-            sys.exit(f"{sys.argv[1]} holds no run: checkpoint.pt is missing")
-        keep_pictures(sys.argv[1])
+        missing = [flags for flags in RUNS.values()
+                   if not pathlib.Path(sys.argv[1], "0", flags, "checkpoint.pt").exists()]
+        if missing:
+            sys.exit(f"{sys.argv[1]} holds no run 0/{missing[0]}")
+        keep_pictures(pathlib.Path(sys.argv[1]))
     for name, mend in NEEDED.items():
         if not (HERE / name).exists():
             sys.exit(f"{HERE / name} is missing; {mend}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Evaluates runs at other T: `python assets/over_t.py RUN ... | tee assets/over_t.txt`
 
-Prints the table in the README: the share of right pictures of held-out captions, of the base and of
-the trained policy of each run folder, which was trained at --steps of its own.
+Prints a table of study.md: the share of correct held-out pictures, for the base and the trained
+policy of each run, sampled with several numbers of steps.
 """
 import dataclasses
 import pathlib

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Prints the README's tables of results from the runs in study.tar.xz: `python assets/study.py`"""
-import collections
+"""Prints the tables of study.md: `python assets/study.py [FOLDER]`
+
+The runs are those of study.tar.xz, or of a folder that study.sh has filled.
+"""
 import csv
 import pathlib
 import re
@@ -9,70 +11,105 @@ import sys
 import tarfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROWS = (                                        # title, flags, number of seeds, in three tables
-    (("p1, the default", "", 5), ("p2", "--transition p2", 5), ("AR-style", "--transition ar", 5),
-     ("p1 as printed, noise ignored", "--transition p1_literal", 5),
-     ("p1, seeds 0 to 2 alone", "", 3),
-     ("twice the updates (with 54: 0.86)", "--updates 108", 8),
-     ("6 of 12 steps, at random", "--score-steps 6", 3),
-     ("no filter, as many pictures", "--filter-quantile 0 --updates 102", 3)),
-    (("AR-style, twice the updates", "--transition ar --updates 108", 3),
-     ("AR-style, gradient not clipped", "--transition ar --max-grad-norm 1000", 3),
-     ("without noise", "--temperature 0", 3),
-     ("p2 without noise", "--transition p2 --temperature 0", 3),
-     ("3 of 12 steps, at random", "--score-steps 3", 3),
-     ("the first 6 of 12 steps", "--score-steps 6 --reduction first", 3),
-     ("the last 6 of 12 steps", "--score-steps 6 --reduction last", 3),
-     ("trained with 6 steps", "--steps 6", 3), ("two inner epochs", "--inner-epochs 2", 3),
-     ("group size 16", "--group-size 16 --groups 6", 3), ("learning rate / 3", "--lr 5e-4", 3),
-     ("learning rate x 3", "--lr 4.5e-3", 3), ("KL", "--beta 0.01", 3),
-     ("KL, stronger", "--beta 0.1", 3)))
+TABLES = {                                      # title of a row -> flags
+    "definitions": {
+        "`p1`, the default": "default", "`p2`": "--transition=p2", "`ar`": "--transition=ar",
+        "`p1_literal`, without the noise": "--transition=p1_literal"},
+    "parts": {
+        "not divided by the std": "--no-divide-by-std",
+        "no filter, as many pictures": "--filter-quantile=0 --updates=93",
+        "KL": "--beta=0.01", "KL, ten times as strong": "--beta=0.1",
+        "two inner epochs": "--inner-epochs=2",
+        "no noise in the ranking": "--temperature=0",
+        "no noise, `p2`": "--temperature=0 --transition=p2"},
+    "savings": {
+        "loss on 6 of 12 steps, at random": "--score-steps=6",
+        "loss on 3 of 12 steps, at random": "--score-steps=3",
+        "loss on the first 6 steps": "--score-steps=6 --reduction=first",
+        "loss on the last 6 steps": "--score-steps=6 --reduction=last",
+        "trained with 6 steps": "--steps=6"},
+    "sizes": {
+        "groups of 4, as many pictures": "--group-size=4 --groups=24",
+        "groups of 16, as many pictures": "--group-size=16 --groups=6",
+        "learning rate / 3": "--lr=5e-4", "learning rate x 3": "--lr=4.5e-3",
+        "twice the updates": "--updates=108"}}
+HACKING = "--reward=assets.hacking:recall --measure=shapes"
+
 
 def read_runs(path):
-    """The runs in an archive, SEED/FLAGS/metrics.csv and log.txt -> flags -> list of dicts"""
-    runs = collections.defaultdict(list)
-    with tarfile.open(path) as tar:
-        files = {member.name: tar.extractfile(member).read().decode() for member in tar}
+    """Flags -> the runs with them, ordered by seed, a dict each. SystemExit if there are none."""
+    if path.is_dir():
+        files = {str(file.relative_to(path)): file.read_text()
+                 for kind in ("metrics.csv", "log.txt") for file in path.glob(f"*/*/{kind}")}
+    elif path.exists():
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read().decode() for member in tar}
+    else:
+        files = {}
+    runs = {}
     for name in sorted(name for name in files if name.endswith("/metrics.csv")):
-        _, seed, flags, _ = name.split("/")
+        seed, flags, _ = name.split("/")
         rows = list(csv.DictReader(files[name].splitlines()))
-        log = files[name.replace("metrics.csv", "log.txt")]
-        size = int((re.search(r"--group-size=(\d+)", flags) or [0, 4])[1])
+        base = (files[f"{seed}/{flags}/log.txt"].splitlines()[-3:] or [""])[0]
+        if not base.startswith("base held-out"):        # the last three lines of a run that ended
+            continue
+        size = int((re.search(r"--group-size=(\d+)", flags) or [0, 6])[1])
         reached = [int(row["update"]) for row in rows if float(row["heldout"] or 0) >= 0.7]
-        runs["" if flags == "default" else flags.replace("=", " ")].append({
-            "seed": int(seed), "base": float(re.search(r"heldout_base: (\S+)", log)[1]),
+        runs.setdefault(flags, []).append({
+            "seed": int(seed), "rows": rows, "base": float(base.split()[2]),
             "trained": float(rows[-1]["heldout"]), "reached": reached[:1],
-            "pictures": size * sum(int(row["sampled"]) for row in rows)})
+            "grad": float(rows[0]["grad"]),
+            "pictures": size * sum(int(row["sampled"]) for row in rows),
+            "seconds": sum(float(row["seconds"]) for row in rows)})
+    if "default" not in runs:
+        sys.exit(f"{path} holds no runs; `sh assets/study.sh FOLDER` makes them")
     return runs
 
-def row(title, flags, runs):
-    """A row of a table."""
-    def spread(name):
-        values = [run[name] for run in runs]
-        return f"{statistics.mean(values):.2f}±{statistics.stdev(values):.2f}"
 
+def mean(values, digits=2):
+    """The mean of some numbers, and their standard deviation, as text."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def row(title, flags, runs):
+    """A row of a table, next to the base of the same seeds."""
+    bases, trained = ([run[name] for run in runs] for name in ("base", "trained"))
     below = sum(run["trained"] < run["base"] for run in runs)
-    reached = [run["reached"][0] for run in runs if run["reached"]]
+    reached = [update for run in runs for update in run["reached"]]
     first = f"{statistics.mean(reached):.0f}" if reached else "-"
     if 0 < len(reached) < len(runs):
-        first += f" ({len(reached)})"
-    pictures = statistics.mean(run["pictures"] for run in runs)
-    return (f"| {title} | {f'`{flags}`' if flags else ''} | {len(runs)} | {spread('base')} | "
-            f"{spread('trained')} | {below} | {first} | {pictures:.0f} |")
+        first += f" ({len(reached)} of {len(runs)})"
+    pictures, seconds, grad = (statistics.mean(run[name] for run in runs)
+                               for name in ("pictures", "seconds", "grad"))
+    shown = "" if flags == "default" else f"`{flags.replace('=', ' ')}`"
+    return (f"| {title} | {shown} | {len(runs)} | {mean(bases)} | {mean(trained)} | {below} | "
+            f"{first} | {grad:.2f} | {pictures:.0f} | {seconds:.0f} |")
+
 
 def main(path=HERE / "study.tar.xz"):
-    """Print the table of seeds, and the others."""
-    if not path.exists():
-        sys.exit(f"{path} is missing: it holds the kept runs")
-    runs = read_runs(path)
-    print(f"| seed | {' | '.join(str(run['seed']) for run in runs[''])} | mean |")
-    for title, name in (("base, held-out", "base"), ("trained, held-out", "trained")):
-        values = [run[name] for run in runs[""]]
-        print(f"| {title} | {' | '.join(f'{x:.2f}' for x in [*values, statistics.mean(values)])} |")
-    for table in ROWS:
-        print("| run | flags | seeds | base | held-out | below base | updates to 0.7 | pictures |")
-        for title, flags, seeds in table:
-            print(row(title, flags, [run for run in runs[flags] if run["seed"] < seeds]))
+    """Print the table of the seeds, one for each of TABLES, and the table of reward hacking."""
+    runs = read_runs(pathlib.Path(path))
+    print(f"| seed | {' | '.join(str(run['seed']) for run in runs['default'])} | mean ± sd |")
+    for title, name, digits in (("base", "base", 2), ("trained", "trained", 2),
+                                ("seconds", "seconds", 0)):
+        values = [run[name] for run in runs["default"]]
+        cells = [f"{value:.{digits}f}" for value in values]
+        print(f"| {title} | {' | '.join(cells)} | {mean(values, digits)} |")
+    for name, table in TABLES.items():
+        print(f"| {name} | flags | seeds | base | trained | below base | updates to 0.7 | gradient "
+              "| pictures | seconds |")
+        for title, flags in table.items():
+            print(row(title, flags, runs[flags]))
+    print("| beta | seeds | reward: first, last update | correct pictures: base, best, last | kl |")
+    for flags in sorted(flags for flags in runs if flags.startswith(HACKING)):
+        found, beta = runs[flags], (flags.split("--beta=") + ["0"])[1]
+        first, last = ([float(run["rows"][i]["reward"]) for run in found] for i in (0, -1))
+        best = [max(float(row["heldout"] or 0) for row in run["rows"]) for run in found]
+        print(f"| {beta} | {len(found)} | {mean(first)}, {mean(last)} | "
+              f"{mean([run['base'] for run in found])}, {mean(best)}, "
+              f"{mean([run['trained'] for run in found])} | "
+              f"{mean([float(run['rows'][-1]['kl']) for run in found])} |")
+
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""What training changes: `python assets/changes.py RUN ... | tee assets/changes.txt`
+
+Each RUN is the folder of a run in the shapes world. Its base and trained policy sample the held-out
+pictures of evaluation, with the noise used there. Prints a table of means over the runs, and what
+each step reveals, in tokens per picture, for assets/revealing.png. Steps count from 1.
+"""
+import collections
+import math
+import pathlib
+import statistics
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import mask_grpo  # noqa: E402
+import reward  # noqa: E402
+
+SIDE = reward.LATTICE
+MEASURES = {
+    "held-out pictures that are correct, %": "right",
+    "step that reveals the first tile of an object": "first",
+    "step that reveals the last tile of an object": "last",
+    "objects begun in the last three steps, %": "late",
+    "pictures in which a step begins two objects or more, %": "together",
+    "distinct pictures, % of those sampled": "distinct",
+    "commonest colour of objects whose colour is open, %": "commonest",
+    "entropy of a draw in the first step, bits": "entropy"}
+KINDS = ("background", "first tile of an object", "other tiles of an object")
+
+
+def by_cell(x):
+    """Positions, ordered by cell of the lattice: (B, 36) -> (B, 9, 4)"""
+    return x.view(-1, SIDE, 2, SIDE, 2).transpose(2, 3).reshape(-1, SIDE ** 2, 4)
+
+
+def measure(policy, prompts, config):
+    """MEASURES of a policy, and the tokens per picture for each kind and step -> dict, (3, T)"""
+    generator = torch.Generator().manual_seed(config.seed + 1)      # as in evaluate
+    captions = [prompt for split in prompts for prompt in split]
+    trajectory = mask_grpo.sample(policy, captions, config, config.eval_steps, generator)
+    held, half = captions[len(captions) // 2:], len(captions) // 2
+    tokens, steps = by_cell(trajectory.tokens[half:]), by_cell(trajectory.revealed_at[half:]) + 1
+    images = [reward.Image.fromarray(x) for x in policy.decode(trajectory.tokens[half:]).numpy()]
+
+    # an object is a cell with a tile in it, whole or broken: (B, 9) each
+    drawn = tokens > 0                                              # (B, 9, 4)
+    begun = torch.where(drawn, steps, 99).amin(-1)
+    ended = torch.where(drawn, steps, 0).amax(-1)
+    there = drawn.any(-1)
+    together = [len(set(row)) < len(row) for row in (b[a].tolist() for b, a in zip(begun, there))]
+
+    colors = collections.Counter(
+        reward.OBJECTS[o][1] for cells, caption in zip(reward.look(images).tolist(), held)
+        if all(color is None for _, color, _ in reward.WANTED[caption][0]) for o in cells if o >= 0)
+    masks = torch.full((len(set(held)), policy.num_tokens), policy.codebook_size)
+    with torch.no_grad():
+        logp = policy(policy.encode(sorted(set(held))), masks).log_softmax(-1)
+    T = config.eval_steps
+    first = torch.bincount(begun[there], minlength=T + 1)[1:T + 1]
+    objects = torch.bincount(steps[drawn], minlength=T + 1)[1:]
+    ground = torch.bincount(steps[~drawn], minlength=T + 1)[1:]
+    return {
+        "right": 100 * reward.shapes_correct(images, held).mean().item(),
+        "first": begun[there].double().mean().item(), "last": ended[there].double().mean().item(),
+        "late": 100 * (begun[there] > T - 3).double().mean().item(),
+        "together": 100 * statistics.mean(together),
+        "distinct": 100 * len({tuple(x) for x in trajectory.tokens[half:].tolist()}) / len(held),
+        "commonest": 100 * max(colors.values()) / colors.total(),
+        "entropy": -(logp.exp() * logp).sum(-1).mean().item() / math.log(2),
+    }, torch.stack([ground, first, objects - first]) / len(held)
+
+
+def main(runs):
+    """Print the table, and what each step reveals."""
+    found, revealed = {"base": [], "trained": []}, {"base": 0, "trained": 0}
+    for run in runs:
+        if not pathlib.Path(run, "checkpoint.pt").exists():
+            sys.exit(f"{run} holds no run: checkpoint.pt is missing")
+        saved = torch.load(pathlib.Path(run, "checkpoint.pt"), "cpu")
+        config = mask_grpo.Config(**{**saved["config"], "device": "cpu"})
+        prompts = [[texts[i % len(texts)] for texts in split.values()
+                    for i in range(config.eval_pictures)] for split in saved["captions"]]
+        base = torch.load(next(pathlib.Path(run).glob("base-*.pt")), "cpu")
+        policy = mask_grpo.shapes_policy(config)
+        for name, weights in (("base", base), ("trained", saved["policy"])):
+            policy.load_state_dict(weights)
+            numbers, kinds = measure(policy, prompts, config)
+            found[name].append(numbers)
+            revealed[name] = revealed[name] + kinds / len(runs)
+    print(f"| mean and range of {len(runs)} runs | base | trained |\n|---|---|---|")
+    for title, name in MEASURES.items():
+        cells = []
+        for numbers in found.values():
+            values = [x[name] for x in numbers]
+            cells.append(f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})")
+        print(f"| {title} | {' | '.join(cells)} |")
+    for name, kinds in revealed.items():
+        for kind, values in zip(KINDS, kinds.tolist()):
+            print(f"{name}: {kind}: {' '.join(f'{x:.2f}' for x in values)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
