@@ -95,13 +95,13 @@ def one_step():
     y = top - THRESHOLD * scale
     for x in range(LEFT, WIDTH - 20, 20):                   # dashed
         draw.line((x, y, x + 10, y), INK, 3)
-    write(draw, LEFT + COLUMN + 12, y - 20, "threshold", 28)
+    write(draw, LEFT + 2 * COLUMN, y - 20, "threshold", 28)
 
     tokens(draw, 480, "next state", [name if value >= THRESHOLD else "MASK"
                                      for name, value in zip(DRAWN, NOISY_CONFIDENCE)])
     for i, value in enumerate(NOISY_CONFIDENCE):
         write(draw, LEFT + i * COLUMN + COLUMN // 2, 536,
-              "revealed: U" if value >= THRESHOLD else "masked again: R", 25)
+              "revealed: U" if value >= THRESHOLD else "masked: R", 26)
     draw.line((20, 562, WIDTH - 20, 562), "gray", 2)
     for row, (name, factors) in enumerate(FACTORS):
         y = 604 + 60 * row
@@ -226,6 +226,7 @@ def revealing():
         write(draw, x0 + 6 * (wide + 3), bottom + 56, "step", 28)
         for count in range(0, 6, 2):
             write(draw, x0 - 10, bottom - count * scale, str(count), 26, anchor="rm")
+        write(draw, x0 - 26, bottom - 5 * scale, "tokens", 26, anchor="lm")
     x = 60
     for name, color in KINDS:
         draw.rectangle((x, 515, x + 26, 541), color)
@@ -275,9 +276,10 @@ def chart(low=0.2):
         outline = points(rewards.amax(0)) + points(rewards.amin(0))[::-1]
         ImageDraw.Draw(shade).polygon(outline, 55)
         image.paste(color, mask=shade)
+    draw.rectangle((right - 490, bottom - 185, right - 40, bottom - 30), "white")     # legend
     for i, (rewards, (name, _, color)) in enumerate(zip(runs, CURVES)):
         draw.line(points(rewards.mean(0)), color, 7, "curve")
-        y = bottom - 150 + 48 * i
+        y = bottom - 155 + 48 * i
         draw.line((right - 480, y, right - 420, y), color, 9)
         write(draw, right - 400, y, name, 32, anchor="lm")
     return image

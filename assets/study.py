@@ -50,13 +50,13 @@ def read_runs(path):
     for name in sorted(name for name in files if name.endswith("/metrics.csv")):
         seed, flags, _ = name.split("/")
         rows = list(csv.DictReader(files[name].splitlines()))
-        base = (files[f"{seed}/{flags}/log.txt"].splitlines()[-3:] or [""])[0]
-        if not base.startswith("base held-out"):        # the last three lines of a run that ended
-            continue
+        end = files[f"{seed}/{flags}/log.txt"].splitlines()[-3:]
+        if not end or not end[0].startswith("base held-out") or "held-out" not in end[-1]:
+            continue                                    # a run that has not ended
         size = int((re.search(r"--group-size=(\d+)", flags) or [0, 6])[1])
         reached = [int(row["update"]) for row in rows if float(row["heldout"] or 0) >= 0.7]
         runs.setdefault(flags, []).append({
-            "seed": int(seed), "rows": rows, "base": float(base.split()[2]),
+            "seed": int(seed), "rows": rows, "base": float(end[0].split()[2]),
             "trained": float(rows[-1]["heldout"]), "reached": reached[:1],
             "grad": float(rows[0]["grad"]),
             "pictures": size * sum(int(row["sampled"]) for row in rows),
@@ -98,6 +98,8 @@ def main(path=HERE / "study.tar.xz"):
     for name, table in TABLES.items():
         print(f"| {name} | flags | seeds | base | trained | below base | updates to 0.7 | gradient "
               "| pictures | seconds |")
+        if "default" not in table.values():
+            print(row("`p1`, the default, seeds 0 to 2", "default", runs["default"][:3]))
         for title, flags in table.items():
             print(row(title, flags, runs[flags]))
     print("| beta | seeds | reward: first, last update | correct pictures: base, best, last | kl |")
