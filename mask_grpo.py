@@ -651,9 +651,9 @@ class Policy(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # 9. The shapes world: a small Phi, a decoder of tiles, and a base trained from scratch. The base is
-#    most confident about the background. It begins 82% of the objects in its last three steps,
-#    which reveal 4 or 5 tokens each, drawn independently. After RL, this share is 7%, and the
-#    first step reveals a tile of an object, which all later draws see (assets/study.md).
+#    most confident about the background. It begins over 80% of the objects in its last three
+#    steps, which reveal 4 or 5 tokens each, drawn independently. After RL, this share is 7%, and
+#    the first step reveals a tile of an object, which all later draws see (assets/study.md).
 
 def shapes_policy(config) -> Policy:
     """A Policy with random weights. Its text tokens are the phrases of the shapes world."""

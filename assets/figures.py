@@ -50,7 +50,8 @@ CURVES = (("p1: Eq. 14 with the noise", "default", (31, 95, 180)),
 SMOOTH = 5                                      # updates in the running mean
 # policies in pictures.json, and the folders of their runs
 HACKED = "--reward=assets.hacking:recall --measure=shapes"
-RUNS = {"trained": "default", "hacked": HACKED, "held back": f"{HACKED} --beta=1"}
+RUNS = {"trained": "default", "hacked": HACKED, "weak KL": f"{HACKED} --beta=0.1",
+        "strong KL": f"{HACKED} --beta=1"}
 
 
 def font(size):
@@ -286,15 +287,15 @@ def chart(low=0.2):
 
 
 def hacking(columns=4):
-    """Pictures after training on a reward that ignores extras, and with a KL as well -> Image"""
+    """Pictures after training on a reward that ignores extras, a row for each weight of the KL"""
     kept = read_pictures()
-    image = Image.new("RGB", (WIDTH, 620), "white")
+    image = Image.new("RGB", (WIDTH, 870), "white")
     draw = ImageDraw.Draw(image)
     for i in range(columns):
         x = 14 + 246 * i
         for j, line in enumerate(textwrap.wrap(kept["captions"][i + 2], 15)[::-1]):
             write(draw, x, 104 - 32 * j, line, 29, anchor="ls")
-        for row, name in enumerate(("hacked", "held back")):
+        for row, name in enumerate([*RUNS][1:]):
             y = 118 + 250 * row
             image.paste(framed(pixels(kept[name]["tokens"][i + 2]), 4), (x, y))
             if i == 0:

@@ -102,15 +102,15 @@ def main(path=HERE / "study.tar.xz"):
             print(row("`p1`, the default, seeds 0 to 2", "default", runs["default"][:3]))
         for title, flags in table.items():
             print(row(title, flags, runs[flags]))
-    print("| beta | seeds | reward: first, last update | correct pictures: base, best, last | kl |")
+    print("| beta | seeds | reward: first, last update | correct: base, best after it, last | KL |")
     for flags in sorted(flags for flags in runs if flags.startswith(HACKING)):
         found, beta = runs[flags], (flags.split("--beta=") + ["0"])[1]
         first, last = ([float(run["rows"][i]["reward"]) for run in found] for i in (0, -1))
         best = [max(float(row["heldout"] or 0) for row in run["rows"]) for run in found]
+        kl = mean([float(run["rows"][-1]["kl"]) for run in found]) if beta != "0" else "-"
         print(f"| {beta} | {len(found)} | {mean(first)}, {mean(last)} | "
               f"{mean([run['base'] for run in found])}, {mean(best)}, "
-              f"{mean([run['trained'] for run in found])} | "
-              f"{mean([float(run['rows'][-1]['kl']) for run in found])} |")
+              f"{mean([run['trained'] for run in found])} | {kl} |")
 
 
 if __name__ == "__main__":
