@@ -1760,8 +1760,8 @@ def test_a_page_names_what_there_is(page, folder):
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     assert named - fields <= {"--force-reinstall", "--no-divide-by-std", "--nproc-per-node",
                               "--shutdown-timeout"} and len(named) > 3
-    paths = re.findall(r'\]\((?!http)(.+?)[)#]|src="(.+?)"', page)
-    assert len(paths) > 1 and all((folder / "".join(path)).exists() for path in paths)
+    paths = re.findall(r'\]\((?!http|#)(.+?)[)#]|src="(.+?)"', page)
+    assert paths and all((folder / "".join(path)).exists() for path in paths)
     assert set(re.findall(r"`(test_\w+)`", page)) <= globals().keys()
     tables = "\n".join(line for line in STUDY.splitlines() if line.startswith("|"))
     assert all(number in tables for number in re.findall(r"\d\.\d\d ± \d\.\d\d", page))
