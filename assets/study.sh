@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the runs of study.md, about three hours on two cores: `JOBS=2 sh assets/study.sh FOLDER`
+# Makes the runs of study.md, about two hours on two cores: `JOBS=2 sh assets/study.sh FOLDER`
 #
 # A line of the list is a number of seeds, counted from 0, and flags. A run lies in FOLDER/SEED/FLAGS
 # and starts from the base of FOLDER/SEED/default. A command that was stopped continues.
