@@ -1709,7 +1709,7 @@ def test_the_readmes_reward_and_the_model_above_run(own_model, tmp_path, monkeyp
 def test_sections_1_to_4_can_be_copied():
     """Below the imports that their text names, they train a model of another kind: a reward rises.
 
-    Two prompts, six tokens, four codes. The reward is the share of tokens that equal the prompt + 1.
+    Two prompts, six tokens, four codes. The reward is the share of tokens equal to the prompt + 1.
     """
     text = (HERE / "mask_grpo.py").read_text(encoding="utf-8")
     pasted = text[text.index("# 1. The sampler"):text.index("# 5. One update")]
@@ -1776,6 +1776,27 @@ def test_the_figures_are_what_their_script_draws():
     for name, figure in runpy.run_path(str(HERE / "assets" / "figures.py"))["FIGURES"].items():
         drawn, kept = np.asarray(figure()), np.asarray(Image.open(HERE / "assets" / name))
         assert drawn.shape == kept.shape and (drawn == kept).mean() > 0.99
+
+def test_what_training_changes_is_measured_as_described(monkeypatch):
+    """Three held-out pictures of two circles. Steps count from 1; two pictures begin both late."""
+    mixed, alike = (scene(("circle", "red", 0, 0), ("circle", c, 0, 2)) for c in ("blue", "red"))
+    revealed_at = torch.zeros(6, 6, 6).long()                       # background at once, in step 1
+    revealed_at[3, :2, :2] = torch.tensor([[3, 5], [1, 6]])         # a circle from step 2 to 7
+    revealed_at[3, :2, 4:] = 8                                      # a circle in step 9
+    revealed_at[4:, :2, :2] = revealed_at[4:, :2, 4:] = torch.tensor([[9, 11], [10, 11]])
+    path = M.Trajectory(torch.tensor([mixed] * 4 + [alike] * 2), revealed_at.flatten(1), None, None)
+    monkeypatch.setattr(M, "sample", lambda *_: path)
+    fresh = shapes()
+    for weight in fresh.showo.lm_head.parameters():
+        weight.data.zero_()                                         # a draw is one of 49, equally
+    measure = runpy.run_path(str(HERE / "assets" / "changes.py"))["measure"]
+    numbers, kinds = measure(fresh, [{"counting": ["two circles"]}] * 2,
+                             tiny(eval_pictures=3, eval_steps=12))
+    assert numbers == pytest.approx(dict(
+        right=100, first=(2 + 9 + 4 * 10) / 6, last=(7 + 9 + 4 * 12) / 6, late=200 / 3,
+        together=200 / 3, distinct=200 / 3, commonest=500 / 6, entropy=math.log2(49)), rel=1e-5)
+    assert (3 * kinds).round().int().tolist() == [
+        [84] + [0] * 11, [0, 1, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0], [0, 0, 0, 1, 0, 1, 1, 0, 3, 0, 4, 8]]
 
 @pytest.mark.parametrize("script, page", [("costs", SHOW_O), ("study", STUDY), ("over_t", STUDY),
                                           ("changes", STUDY), ("figures", None)])

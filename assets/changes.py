@@ -12,6 +12,7 @@ import statistics
 import sys
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import mask_grpo  # noqa: E402
@@ -30,25 +31,45 @@ MEASURES = {
 KINDS = ("background", "first tile of an object", "other tiles of an object")
 
 
+def policies(run):
+    """The base and the trained policy of a run's folder: yields name, policy, config, captions
+
+    captions are those of checkpoint.pt, in two splits. SystemExit if the folder holds no run.
+    """
+    run = pathlib.Path(run)
+    if not (run / "checkpoint.pt").exists():
+        sys.exit(f"{run} holds no run: checkpoint.pt is missing")
+    saved = torch.load(run / "checkpoint.pt", "cpu")
+    config = mask_grpo.Config(**{**saved["config"], "device": "cpu"})
+    policy = mask_grpo.shapes_policy(config)
+    base = torch.load(next(run.glob("base-*.pt")), "cpu")
+    for name, weights in (("base", base), ("trained", saved["policy"])):
+        policy.load_state_dict(weights)
+        yield name, policy, config, saved["captions"]
+
+
 def by_cell(x):
     """Positions, ordered by cell of the lattice: (B, 36) -> (B, 9, 4)"""
     return x.view(-1, SIDE, 2, SIDE, 2).transpose(2, 3).reshape(-1, SIDE ** 2, 4)
 
 
-def measure(policy, prompts, config):
+def measure(policy, splits, config):
     """MEASURES of a policy, and the tokens per picture for each kind and step -> dict, (3, T)"""
-    generator = torch.Generator().manual_seed(config.seed + 1)      # as in evaluate
-    captions = [prompt for split in prompts for prompt in split]
-    trajectory = mask_grpo.sample(policy, captions, config, config.eval_steps, generator)
-    held, half = captions[len(captions) // 2:], len(captions) // 2
-    tokens, steps = by_cell(trajectory.tokens[half:]), by_cell(trajectory.revealed_at[half:]) + 1
-    images = [reward.Image.fromarray(x) for x in policy.decode(trajectory.tokens[half:]).numpy()]
+    n, T = config.eval_pictures, config.eval_steps
+    prompts = [texts[i % len(texts)] for split in splits for texts in split.values()
+               for i in range(n)]                                   # in the order of evaluate
+    generator = torch.Generator().manual_seed(config.seed + 1)      # with its noise, too
+    trajectory = mask_grpo.sample(policy, prompts, config, T, generator)
+    half = len(prompts) // 2                                        # the training captions
+    held, codes = prompts[half:], trajectory.tokens[half:]          # B, (B, 36)
+    tokens, steps = by_cell(codes), by_cell(trajectory.revealed_at[half:]) + 1      # (B, 9, 4)
+    images = [Image.fromarray(x) for x in policy.decode(codes).numpy()]
 
-    # an object is a cell with a tile in it, whole or broken: (B, 9) each
+    # an object is a cell with a tile in it, whole or broken
     drawn = tokens > 0                                              # (B, 9, 4)
-    begun = torch.where(drawn, steps, 99).amin(-1)
-    ended = torch.where(drawn, steps, 0).amax(-1)
-    there = drawn.any(-1)
+    there = drawn.any(-1)                                           # (B, 9)
+    begun = torch.where(drawn, steps, 99).amin(-1)                  # (B, 9)
+    ended = torch.where(drawn, steps, 0).amax(-1)                   # (B, 9)
     together = [len(set(row)) < len(row) for row in (b[a].tolist() for b, a in zip(begun, there))]
 
     colors = collections.Counter(
@@ -56,17 +77,15 @@ def measure(policy, prompts, config):
         if all(color is None for _, color, _ in reward.WANTED[caption][0]) for o in cells if o >= 0)
     masks = torch.full((len(set(held)), policy.num_tokens), policy.codebook_size)
     with torch.no_grad():
-        logp = policy(policy.encode(sorted(set(held))), masks).log_softmax(-1)
-    T = config.eval_steps
-    first = torch.bincount(begun[there], minlength=T + 1)[1:T + 1]
-    objects = torch.bincount(steps[drawn], minlength=T + 1)[1:]
-    ground = torch.bincount(steps[~drawn], minlength=T + 1)[1:]
+        logp = policy(policy.encode(sorted(set(held))), masks).log_softmax(-1)      # (C, 36, K)
+    first, objects, ground = (torch.bincount(x, minlength=T + 1)[1:]                # (T,) each
+                              for x in (begun[there], steps[drawn], steps[~drawn]))
     return {
         "right": 100 * reward.shapes_correct(images, held).mean().item(),
         "first": begun[there].double().mean().item(), "last": ended[there].double().mean().item(),
         "late": 100 * (begun[there] > T - 3).double().mean().item(),
         "together": 100 * statistics.mean(together),
-        "distinct": 100 * len({tuple(x) for x in trajectory.tokens[half:].tolist()}) / len(held),
+        "distinct": 100 * len({tuple(x) for x in codes.tolist()}) / len(held),
         "commonest": 100 * max(colors.values()) / colors.total(),
         "entropy": -(logp.exp() * logp).sum(-1).mean().item() / math.log(2),
     }, torch.stack([ground, first, objects - first]) / len(held)
@@ -76,17 +95,8 @@ def main(runs):
     """Print the table, and what each step reveals."""
     found, revealed = {"base": [], "trained": []}, {"base": 0, "trained": 0}
     for run in runs:
-        if not pathlib.Path(run, "checkpoint.pt").exists():
-            sys.exit(f"{run} holds no run: checkpoint.pt is missing")
-        saved = torch.load(pathlib.Path(run, "checkpoint.pt"), "cpu")
-        config = mask_grpo.Config(**{**saved["config"], "device": "cpu"})
-        prompts = [[texts[i % len(texts)] for texts in split.values()
-                    for i in range(config.eval_pictures)] for split in saved["captions"]]
-        base = torch.load(next(pathlib.Path(run).glob("base-*.pt")), "cpu")
-        policy = mask_grpo.shapes_policy(config)
-        for name, weights in (("base", base), ("trained", saved["policy"])):
-            policy.load_state_dict(weights)
-            numbers, kinds = measure(policy, prompts, config)
+        for name, policy, config, splits in policies(run):
+            numbers, kinds = measure(policy, splits, config)
             found[name].append(numbers)
             revealed[name] = revealed[name] + kinds / len(runs)
     print(f"| mean and range of {len(runs)} runs | base | trained |\n|---|---|---|")

@@ -12,11 +12,9 @@ hacking.png     pictures of pictures.json: trained on a reward that can be hacke
 folder that study.sh has filled. It samples the first held-out caption of each category, with the
 same noise for all policies.
 """
-import csv
 import json
 import pathlib
 import sys
-import tarfile
 import textwrap
 
 import torch
@@ -24,9 +22,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import changes  # noqa: E402
 import mask_grpo  # noqa: E402
 import reward  # noqa: E402
+import study  # noqa: E402
 
 WIDTH = 1000                                    # of all figures; a phone shows 390 of them
 KEPT, DISCARDED, INK = "#1b6e3c", "#a33b2e", "black"
@@ -49,9 +49,8 @@ CURVES = (("p1: Eq. 14 with the noise", "default", (31, 95, 180)),
           ("ar: Eq. 13", "--transition=ar", (110, 110, 110)))
 SMOOTH = 5                                      # updates in the running mean
 # policies in pictures.json, and the folders of their runs
-HACKED = "--reward=assets.hacking:recall --measure=shapes"
-RUNS = {"trained": "default", "hacked": HACKED, "weak KL": f"{HACKED} --beta=0.1",
-        "strong KL": f"{HACKED} --beta=1"}
+RUNS = {"trained": "default", "hacked": study.HACKING, "weak KL": f"{study.HACKING} --beta=0.1",
+        "strong KL": f"{study.HACKING} --beta=1"}
 
 
 def font(size):
@@ -120,23 +119,18 @@ def one_step():
     return image
 
 
-def keep_pictures(study):
+def keep_pictures(folder):
     """Sample a picture per category from the base and the policies of RUNS -> pictures.json"""
     kept = {}
     for name, flags in RUNS.items():
-        run = study / "0" / flags
-        saved = torch.load(run / "checkpoint.pt", "cpu")
-        config = mask_grpo.Config(**{**saved["config"], "device": "cpu"})
-        policy = mask_grpo.shapes_policy(config)
-        kept["captions"] = [texts[0] for texts in saved["captions"][1].values()]
-        base = torch.load(next(run.glob("base-*.pt")), "cpu")
-        for title, weights in (("base", base), (name, saved["policy"])):
-            policy.load_state_dict(weights)
+        for title, policy, config, splits in changes.policies(pathlib.Path(folder, "0", flags)):
+            kept["captions"] = [texts[0] for texts in splits[1].values()]
             generator = torch.Generator().manual_seed(config.seed + 1)
             trajectory = mask_grpo.sample(policy, kept["captions"], config, config.eval_steps,
                                           generator)
-            kept[title] = {"tokens": trajectory.tokens.tolist(),
-                           "revealed_at": trajectory.revealed_at.tolist()}
+            kept["base" if title == "base" else name] = {
+                "tokens": trajectory.tokens.tolist(),
+                "revealed_at": trajectory.revealed_at.tolist()}
     (HERE / "pictures.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
@@ -193,7 +187,7 @@ def unmasking(columns=4):
     steps = 1 + max(kept["base"]["revealed_at"][i])
     image = Image.new("RGB", (WIDTH, 640), "white")
     draw = ImageDraw.Draw(image)
-    write(draw, 10, 36, f"{kept['captions'][i]}", 38, anchor="lm")
+    write(draw, 10, 36, kept["captions"][i], 38, anchor="lm")
     for row, name in enumerate(("base", "trained")):
         revealed_at = torch.tensor(kept[name]["revealed_at"][i])
         for column in range(columns):
@@ -238,14 +232,9 @@ def revealing():
 
 def curves():
     """The rewards of the runs kept for each of CURVES, smoothed -> a list of (S, updates)"""
-    rewards = [[] for _ in CURVES]
-    with tarfile.open(HERE / "study.tar.xz") as tar:
-        for member in sorted(tar, key=lambda member: member.name):
-            _, flags, file = member.name.split("/")
-            for kept, (_, wanted, _) in zip(rewards, CURVES):
-                if file == "metrics.csv" and flags == wanted:
-                    rows = csv.DictReader(tar.extractfile(member).read().decode().splitlines())
-                    kept.append([float(row["reward"]) for row in rows])
+    runs = study.read_runs(HERE / "study.tar.xz")
+    rewards = [[[float(row["reward"]) for row in run["rows"]] for run in runs[flags]]
+               for _, flags, _ in CURVES]
     seeds = min(len(kept) for kept in rewards)
     padded = [F.pad(torch.tensor(kept[:seeds])[:, None], (SMOOTH // 2,) * 2, "replicate")
               for kept in rewards]                                          # (S, 1, updates + 4)
@@ -306,16 +295,12 @@ def hacking(columns=4):
 
 FIGURES = {"step.png": one_step, "pictures.png": base_and_trained, "unmasking.png": unmasking,
            "revealing.png": revealing, "curves.png": chart, "hacking.png": hacking}
-NEEDED = {"study.tar.xz": "see study.md", "changes.txt": "assets/changes.py prints it",
+NEEDED = {"changes.txt": "assets/changes.py prints it",
           "pictures.json": "name the folder that study.sh has filled"}
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        missing = [flags for flags in RUNS.values()
-                   if not pathlib.Path(sys.argv[1], "0", flags, "checkpoint.pt").exists()]
-        if missing:
-            sys.exit(f"{sys.argv[1]} holds no run 0/{missing[0]}")
-        keep_pictures(pathlib.Path(sys.argv[1]))
+        keep_pictures(sys.argv[1])
     for name, mend in NEEDED.items():
         if not (HERE / name).exists():
             sys.exit(f"{HERE / name} is missing; {mend}")

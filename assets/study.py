@@ -37,7 +37,10 @@ HACKING = "--reward=assets.hacking:recall --measure=shapes"
 
 
 def read_runs(path):
-    """Flags -> the runs with them, ordered by seed, a dict each. SystemExit if there are none."""
+    """Flags -> the runs with them, ordered by seed, a dict each
+
+    SystemExit if a row of TABLES has fewer than two, the least that has a standard deviation.
+    """
     if path.is_dir():
         files = {str(file.relative_to(path)): file.read_text()
                  for kind in ("metrics.csv", "log.txt") for file in path.glob(f"*/*/{kind}")}
@@ -50,7 +53,7 @@ def read_runs(path):
     for name in sorted(name for name in files if name.endswith("/metrics.csv")):
         seed, flags, _ = name.split("/")
         rows = list(csv.DictReader(files[name].splitlines()))
-        end = files[f"{seed}/{flags}/log.txt"].splitlines()[-3:]
+        end = files.get(f"{seed}/{flags}/log.txt", "").splitlines()[-3:]
         if not end or not end[0].startswith("base held-out") or "held-out" not in end[-1]:
             continue                                    # a run that has not ended
         size = int((re.search(r"--group-size=(\d+)", flags) or [0, 6])[1])
@@ -61,8 +64,9 @@ def read_runs(path):
             "grad": float(rows[0]["grad"]),
             "pictures": size * sum(int(row["sampled"]) for row in rows),
             "seconds": sum(float(row["seconds"]) for row in rows)})
-    if "default" not in runs:
-        sys.exit(f"{path} holds no runs; `sh assets/study.sh FOLDER` makes them")
+    for flags in (flags for table in TABLES.values() for flags in table.values()):
+        if len(runs.get(flags, [])) < 2:
+            sys.exit(f"{path} holds no runs, or too few, of {flags}; assets/study.sh makes them")
     return runs
 
 
