@@ -30,9 +30,9 @@ actions with this next state. `p2` uses the revealed tokens only. One update:
      penalty against the base, the model before this training, Eq. 10. (section 4)
 
 Without the clip, the filter, the division by the std and the KL, this is REINFORCE with the group's
-mean as its baseline. This code deviates from the paper in four ways. `p1` is Eq. 14 with the
-sampler's noise (`p1_literal` is Eq. 14 as printed). Groups are replaced at most twice.
-The gradient norm is clipped. The loss can use a random subset of the steps, without bias.
+mean as its baseline, for the ranking as it fell (section 2 says what that leaves out). The main
+deviation from the paper is the noise: `p1` is Eq. 14 with the sampler's noise, and `p1_literal` is
+Eq. 14 as printed. README.md lists every deviation, with its test.
 
 Dims: B = P * G pictures of P prompts (captions), N image tokens, K codes, T steps, L length of the
 sequence (L_text for its text), D hidden size, M (picture, step) pairs, m of them in a
@@ -41,18 +41,23 @@ micro-batch. The code counts steps from 0. `python mask_grpo.py -h` explains eve
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import inspect                                      # -h shows the source of Config
+import io
 import itertools
 import json
 import math
+import numbers
 import os
 import pathlib
 import random
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import typing
 import zlib
@@ -61,7 +66,7 @@ from collections import deque
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -69,6 +74,7 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 from transformers.models.janus import modeling_janus as janus
 
 import reward
+from reward import InputError, blame
 
 bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent without a terminal
 
@@ -80,9 +86,12 @@ bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent w
 #    with N = policy.num_tokens and K = policy.codebook_size. A token is a code (0 to K - 1) or MASK
 #    (K). The sampler and the learner call it with different batches, so the logits of a picture
 #    must not depend on the other pictures, on padding, or on chance (dropout).
-#    Confidence sampling is a heuristic: it does not draw from a joint distribution of the model. So
-#    what is trained is the model *as this sampler uses it*. The policy itself is in section 8.
+#    Confidence sampling is a heuristic. The tokens of a step are drawn independently, so the
+#    finished pictures follow no joint distribution that the model defines. What is trained is the
+#    model *as this sampler uses it*: other numbers of steps or another noise give other pictures.
+#    The policy itself is in section 8.
 #    Sections 1 to 4 can be copied. They need torch, F, math, itertools, typing and deque.
+
 
 def mask_schedule(T: int, N: int) -> list[int]:
     """Tokens still masked after each of T steps: floor(N cos(pi (t + 1) / (2 T))), 0 at the end
@@ -91,13 +100,16 @@ def mask_schedule(T: int, N: int) -> list[int]:
     In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, so the floor can differ.
     """
     assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, since each reveals at least one token"
-    masked, schedule = N, []
+    schedule = []
+    masked = N
     for t in range(T):
         progress = torch.tensor((t + 1) / T, dtype=torch.float32)
         wanted = int(torch.floor(N * torch.cos(progress * math.pi * 0.5)))
-        masked = max(T - 1 - t, min(masked - 1, wanted))    # leave a token for each later step
+        masked = min(masked - 1, wanted)        # reveal at least one token,
+        masked = max(masked, T - 1 - t)         # and leave at least one for each later step
         schedule.append(masked)
     return schedule
+
 
 class Trajectory(typing.NamedTuple):
     """How B pictures were sampled in T steps: all that the learner needs besides the prompts
@@ -110,10 +122,12 @@ class Trajectory(typing.NamedTuple):
     noise: torch.Tensor             # (B, T, N)       what was added to the confidences
     drawn: torch.Tensor             # (B, T, N) long  the draws at all positions, for `ar`
 
+
 def gumbel(shape, generator, device):
     """Standard Gumbel noise, -log E where E is exponential with mean 1 -> tensor of this shape"""
     noise = torch.empty(shape, device=device).exponential_(generator=generator)
     return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf, and 0 * inf is NaN
+
 
 @torch.no_grad()
 def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=None,
@@ -121,15 +135,18 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps
 
     Codes are always drawn at temperature 1. `temperature` scales the ranking noise, which varies
-    the order of revealing. As in Show-o, step t multiplies this scale by 1 - (t + 1) / T.
-    For T = 12 and temperature 2 this gives 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
+    the order of revealing. As in Show-o, each step t multiplies what is left of this scale by
+    1 - (t + 1) / T. For T = 12 and temperature 2: 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
     With guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the empty prompt.
+    FloatingPointError if a logit is NaN or inf (-inf is allowed: a code that is never drawn).
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
     B, N, K = len(prompt_ids), policy.num_tokens, policy.codebook_size
     tokens = torch.full((B, N), K, device=prompt_ids.device)                # (B, N) all MASK
     revealed_at = torch.full_like(tokens, steps)                            # (B, N) T: not yet
-    noises, draws, temperature_left = [], [], temperature
+    noises = []
+    draws = []
+    temperature_left = temperature
     masked = [N, *mask_schedule(steps, N)]
     for t, (masked_before, masked_after) in enumerate(itertools.pairwise(masked)):
         logits = policy(prompt_ids, tokens).float()                         # (B, N, K)
@@ -142,6 +159,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         # draw a code everywhere: the argmax of log p + Gumbel noise is an exact sample of p
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
+        if token_logp.isnan().any():
+            raise FloatingPointError(f"step {t}: the policy's logits are not finite")
 
         # add the ranking noise, also Gumbel, which varies the order of revealing
         temperature_left *= 1 - (t + 1) / steps
@@ -155,12 +174,16 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         revealed_at = revealed_at.scatter(1, keep, t)
         noises.append(noise)
         draws.append(drawn)
+        del logits, logp                # large; the next forward pass needs their memory
     return Trajectory(tokens, revealed_at, torch.stack(noises, 1), torch.stack(draws, 1))
+
 
 # --------------------------------------------------------------------------------------------------
 # 2. The probability of a step. Step t reveals the positions U and masks the positions R again,
 #    although a code was drawn there, too. The noise does not depend on the weights, so it counts as
 #    part of the environment. It is recorded, and the probability is the one *given the noise*.
+#    Noise that is drawn anew, or left out, would rank the draws differently: then codes at R would
+#    outrank U, and the step that happened would look impossible.
 #
 #        formula      factor for U  factor for R                           the probability of
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw         the action      (Eq. 13)
@@ -168,15 +191,16 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        p1_literal   p_i(y_i)      the same chance without the noise      (Eq. 14 as printed)
 #        p2           p_i(y_i)      1                                      the codes at U  (Eq. 15)
 #
-#    As an example, take two positions, two codes a and b, p_0 = (.7, .3) and p_1 = (.6, .4), where
-#    p_1 is the distribution at position 1. One position is kept. In the last column the noise is
-#    log 1.5 at position 1, so the ranking multiplies its probabilities by 1.5.
+#    As an example, take two positions, left and right, and two codes, a and b. The probabilities of
+#    a and b are (.7, .3) on the left and (.6, .4) on the right. One position is kept. In the last
+#    column the noise is log 1.5 on the right, so the ranking multiplies the probabilities there by
+#    1.5.
 #
-#        draws    probability   kept, no noise        kept, with noise
-#        (a, a)   .7 * .6       0: a   (.7 > .6)      1: a   (.7 < .9)
-#        (a, b)   .7 * .4       0: a   (.7 > .4)      0: a   (.7 > .6)
-#        (b, a)   .3 * .6       1: a   (.3 < .6)      1: a   (.3 < .9)
-#        (b, b)   .3 * .4       1: b   (.3 < .4)      1: b   (.3 < .6)
+#        draws    probability   kept, no noise            kept, with noise
+#        (a, a)   .7 * .6       left, a    (.7 > .6)      right, a   (.7 < .9)
+#        (a, b)   .7 * .4       left, a    (.7 > .4)      left, a    (.7 > .6)
+#        (b, a)   .3 * .6       right, a   (.3 < .6)      right, a   (.3 < .9)
+#        (b, b)   .3 * .4       right, b   (.3 < .4)      right, b   (.3 < .6)
 #
 #        next state   p1, no noise     p1, with noise   p1_literal   p2
 #        [a, MASK]    .70              .7 * .4 = .28    .70          .7
@@ -189,17 +213,28 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #    without noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a
 #    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a].
 #
-#    Averaged over the draws with one next state, the gradient of log ar is that of log p1 (Rao-
-#    Blackwell). Without noise, given [a, MASK], every draw at position 1 loses, so log p1 has
-#    gradient 0 in its logits. That of log ar is (.4, -.4) with probability .6, when a was drawn,
-#    and (-.6, .6) with .4. So `ar` reinforces discarded codes: at ratio 1 more variance, no bias.
+#    `ar` and p1 have the same gradient on average (Rao-Blackwell), at fixed noise and at ratio 1.
+#    Take the next state [a, MASK] without noise. Whatever is drawn on the right loses, so log p1
+#    has gradient 0 in the right logits. If a was drawn there, which has probability .6, log ar has
+#    the gradient (.4, -.4) in them, and if b was, (-.6, .6): the mean is 0, too. So `ar` reinforces
+#    discarded codes. Compared with p1, that adds variance to the gradient, and no bias.
 #
-#    At fixed noise the ranking has no gradient (averaged over the noise it has; p1 leaves it out).
-#    Yet training can change the order, because confidence *is* log p. Tokens of good pictures rank
-#    higher as they become more probable, and p1's factor for R lowers codes that would outrank U.
+#    The gradients of log ar and log p1 have mean 0 over all steps, because their probabilities sum
+#    to 1. That of log p2 has not. Without noise, the left logits get .7 * (.3, -.3) from [a, MASK],
+#    and nothing from the two next states that reveal the right: p2 raises what is revealed often.
+#
+#    One thing all definitions leave out: the ranking depends on the weights, too. At fixed noise
+#    it changes in jumps, which have no gradient; averaged over the noise it has one. Let [a, MASK]
+#    be worth 1, [MASK, a] .3, the rest 0. With Gumbel noise of scale .05, the expected reward has
+#    the gradient (.242, -.082) in the logits of a (left, right); p1, and `ar` on average, give
+#    (.168, .016). At scale 1.83 they are (.138, .037) and (.110, .028). p1 is used all the same: it
+#    is the probability of what was seen, given the noise. Training can still change the order,
+#    because confidence *is* log p. Tokens of good pictures rank higher as they become more
+#    probable, and p1's factor for R lowers codes that would outrank U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # stands in for log 0 when no code would lose; exp(-60) is negligible
+FLOOR = -60.0       # log p of a code that would not lose; if none would, exp(-60) stands in for 0
+
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
@@ -209,7 +244,8 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
     assert transition in TRANSITIONS, f"{transition!r}: must be one of {TRANSITIONS}"
-    t = t[:, None] if torch.is_tensor(t) else t                             # (B, 1) or int
+    if torch.is_tensor(t):
+        t = t[:, None]                                                      # (B, 1)
     revealed = revealed_at == t                                             # (B, N) bool: U
     remasked = revealed_at > t                                              # (B, N) bool: R
     dtype = torch.promote_types(logits.dtype, torch.float32)                # at least float32
@@ -225,8 +261,10 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     logp_revealed = token_logp.masked_fill(~revealed, 0).sum(-1)            # (B,)
     if transition == "p2":
         return logp_revealed
+
     # The sampler compared noisy confidences, so both sides of this comparison carry the noise. The
-    # threshold, the lowest one kept, is recomputed with the weights behind these logits.
+    # threshold, the lowest one kept, is recomputed with the weights behind these logits. No
+    # gradient flows through it, because it only enters a comparison.
     if noise is None or transition == "p1_literal":
         noise = torch.zeros_like(token_logp)                                # (B, N)
     threshold = (token_logp + noise).masked_fill(~revealed, math.inf).amin(-1)      # (B,)
@@ -234,58 +272,88 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     logp_loses = logp.masked_fill(~loses, FLOOR).logsumexp(-1)              # (B, N)
     return logp_revealed + logp_loses.masked_fill(~remasked, 0).sum(-1)     # (B,)
 
+
 def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
     """transition_logprob of recorded steps under a policy, in any order and any batch
+
     prompt_ids (B, L_text), pictures b (M,) long, their steps t (M,) long -> (M,)
     """
-    tokens, revealed_at = trajectory.tokens[b], trajectory.revealed_at[b]   # (M, N) each
+    tokens = trajectory.tokens[b]                                           # (M, N)
+    revealed_at = trajectory.revealed_at[b]                                 # (M, N)
     state = tokens.masked_fill(revealed_at >= t[:, None], policy.codebook_size)     # (M, N)
     logits = policy(prompt_ids[b], state)                                   # (M, N, K)
     return transition_logprob(logits, tokens, revealed_at, t, transition,
                               trajectory.noise[b, t], trajectory.drawn[b, t])
 
+
 # --------------------------------------------------------------------------------------------------
 # 3. The advantage: how much better a picture is than the others of its group. Subtracting a number
 #    that does not depend on the picture leaves the expected gradient as it is, because grad log p
-#    has mean 0 (for `ar` and p1). The group's mean is nearly such a number. It estimates how hard
-#    the caption is, so no value network is needed. All T steps share the picture's advantage.
+#    has mean 0 (for `ar` and p1, section 2). The group's mean is nearly such a number. It estimates
+#    how hard the caption is, so no value network is needed. It does contain the picture's own
+#    reward: r - mean = (1 - 1/G) (r - mean of the others), which makes all gradients a little
+#    smaller, by 5/6 in groups of six. All T steps share the picture's advantage.
+
+
+def group_std(rewards):
+    """The std within each group (with G - 1): (P, G) -> (P,)"""
+    return (rewards - rewards[:, :1]).std(1)    # shifted, so that equal rewards give exactly 0
+
 
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
 
-    Dividing by the std (with G - 1) weights captions equally, but it turns tiny differences into
-    large ones. Dr. GRPO (arXiv 2503.20783) does not divide. eps keeps rounding errors small.
+    Divided by the std, the advantages of all groups are of one size, so a caption counts about
+    1 / std, and tiny differences count as much as large ones. Dr. GRPO (arXiv 2503.20783) does not
+    divide. Then the gradients of the captions' mean rewards count equally. eps keeps rounding
+    errors small.
     rewards (P, G) -> (P, G)
     """
-    centred = rewards - rewards.mean(1, keepdim=True)                       # (P, G)
-    return centred / (rewards.std(1, keepdim=True) + eps) if divide_by_std else centred
+    shifted = rewards - rewards[:, :1]          # (P, G) exactly 0 if all rewards are equal
+    centred = shifted - shifted.mean(1, keepdim=True)                       # (P, G)
+    if divide_by_std:
+        return centred / (group_std(rewards)[:, None] + eps)
+    return centred
+
 
 class SampleFilter:
     """Finds vanishing groups, those without a usable signal (section 3.3 of the paper)
 
     A group vanishes if the std of its rewards is 0, or below this quantile of the last `window`
-    stds. No group does at quantile 0, or until `at_least` stds have been recorded.
+    stds. Until `at_least` stds have been recorded, and at quantile 0, every group is kept. A group
+    of equal rewards is then harmless, because its advantages are 0. To replace it only rescales the
+    expected gradient. To replace groups of a small std above 0 also prefers captions whose rewards
+    vary. If more than this share of the recorded stds is 0, the quantile is 0, too.
     """
 
     def __init__(self, quantile, at_least=32, window=512):
-        self.quantile, self.at_least, self.history = quantile, at_least, deque(maxlen=window)
+        self.quantile = quantile
+        self.at_least = at_least
+        self.history = deque(maxlen=window)
 
     def keep(self, std):
         """Which groups to learn from. All stds are recorded. std (P,) -> (P,) bool"""
         keep = torch.ones_like(std, dtype=torch.bool)                       # (P,)
         if self.quantile > 0 and len(self.history) >= self.at_least:
-            keep = (std >= torch.tensor(self.history).quantile(self.quantile)) & (std > 0)
+            lowest = torch.tensor(self.history).quantile(self.quantile)
+            keep = (std >= lowest) & (std > 0)
         self.history.extend(std.tolist())
         return keep
+
 
 # --------------------------------------------------------------------------------------------------
 # 4. The loss. There is one ratio and one clip per step, as in PPO. With one inner epoch the ratio
 #    is always 1, and the loss (without a KL) is minus the mean advantage, 0 by construction. But
 #    logp_old is a constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
 
-# Two factors at FLOOR in logp_old would give over exp(100), inf in float32. Beyond this limit the
-# gradient is 0, even for A < 0, where the ratio should be pushed down.
+# An inner sum without any losing code counts as FLOOR + log K. Two of them in logp_old, and none
+# in logp, could give a ratio near exp(120), which is inf in float32. Beyond this limit the gradient
+# is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
+# The same for the KL, where exp(20) would drown every other gradient. In a second inner epoch steps
+# can become almost impossible; each then costs at most exp(5) - 6 = 142.
+MAX_KL_LOG_RATIO = 5.0
+
 
 def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), Eq. 10 and 11, for each pair; to be averaged
@@ -300,58 +368,91 @@ def grpo_loss(logp, logp_old, advantage, clip_low, clip_high):
     stopped = ratio * advantage > clipped * advantage                       # (M,) bool
     return loss, {"ratio": ratio.detach(), "clip": stopped.float()}
 
+
 def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r with r = p_ref / p. It is never < 0
 
     For p2 and p1_literal, which are not sampling probabilities, it is only a penalty. Because the
-    samples are held fixed, its expected gradient is that of the reverse, KL(p_ref || p).
+    samples are held fixed, its expected gradient is that of the other direction, KL(p_ref || p), as
+    long as p allows all steps that p_ref does. At fixed noise it may not; then the floor stands in.
     logp, logp_ref (M,) -> (M,)
     """
-    log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)                  # (M,)
+    log_ratio = (logp_ref - logp).clamp(max=MAX_KL_LOG_RATIO)               # (M,)
     return log_ratio.exp() - 1 - log_ratio
+
 
 # --------------------------------------------------------------------------------------------------
 # 5. One update. It samples P * G pictures or more, by T forward passes each. Then it runs a forward
 #    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
 #    Training uses no guidance. With it, a guided policy would sample, but the plain one would be
-#    trained (issue 224 of the repository flow_grpo reports a collapse).
+#    trained. (Issue 198 of the repository flow_grpo reports the same choice as best, together with
+#    a KL: without one, the policy absorbs what guidance adds, and guidance in evaluation is then
+#    too strong.)
+
 
 class Groups(typing.NamedTuple):
     """What an update learns from. Prompts and pictures are ordered group by group."""
     prompts: list[str]              # B
     trajectory: Trajectory          # of B pictures
     rewards: torch.Tensor           # (P, G)   of the groups that were kept
-    sampled: torch.Tensor           # (P', G)  rewards of all P' groups that were sampled
+    all_rewards: torch.Tensor       # (P', G)  of all P' groups that were sampled
+
+
+def select(trajectory, pictures):
+    """The trajectory of some of the pictures; pictures (n,) long"""
+    return Trajectory(trajectory.tokens[pictures], trajectory.revealed_at[pictures],
+                      trajectory.noise[pictures], trajectory.drawn[pictures])
+
+
+def concatenate(parts):
+    """A list of trajectories as one"""
+    return Trajectory(torch.cat([part.tokens for part in parts]),
+                      torch.cat([part.revealed_at for part in parts]),
+                      torch.cat([part.noise for part in parts]),
+                      torch.cat([part.drawn for part in parts]))
+
 
 def sample(policy, prompts, config, steps, generator, guidance=0.0) -> Trajectory:
     """A rollout of B prompts, `rollout_batch` pictures at a time -> Trajectory of B pictures"""
-    null_ids = policy.encode([""])                                          # (1, L_null)
+    prompt_ids = policy.encode(prompts)                                     # (B, L_text)
+    null_ids = None
     parts = []
-    for ids in bar(policy.encode(prompts).split(config.rollout_batch), "sampling"):
-        parts.append(rollout(policy, ids, steps, config.temperature, guidance,
-                             null_ids.expand(len(ids), *null_ids.shape[1:]), generator))
-    return Trajectory(*map(torch.cat, zip(*parts)))
+    for ids in bar(prompt_ids.split(config.rollout_batch), "sampling"):
+        if guidance > 0:
+            null_ids = policy.encode([""] * len(ids))                       # (b, L_null)
+        parts.append(rollout(policy, ids, steps, config.temperature, guidance, null_ids, generator))
+    return concatenate(parts)
+
 
 def sample_groups(policy, reward_fn, captions, sample_filter, config, generator) -> Groups:
     """Sample groups until P of them are worth learning from, or the tries are used up"""
-    G, missing, rounds = config.group_size, config.groups, []
+    G = config.group_size
+    missing = config.groups
+    kept_prompts = []
+    kept = []
+    kept_rewards = []
+    all_rewards = []
     for _ in range(1 + config.filter_tries):
         chosen = torch.randint(len(captions), (missing,), generator=generator,
                                device=generator.device)                     # (missing,)
-        prompts = [captions[i] for i in chosen.tolist() for _ in range(G)]
+        prompts = []
+        for i in chosen.tolist():
+            prompts += [captions[i]] * G
         trajectory = sample(policy, prompts, config, config.steps, generator)
         pixels = policy.decode(trajectory.tokens)                           # (missing * G, H, W, 3)
         rewards = reward.rate(reward_fn, pixels, prompts).view(missing, G)
-        keep = sample_filter.keep(rewards.std(1))                           # (missing,) bool
-        b = keep.repeat_interleave(G).nonzero()[:, 0]                       # (kept * G,) pictures
-        kept = Trajectory(*(x[b.to(x.device)] for x in trajectory))
-        rounds.append(Groups([prompts[i] for i in b.tolist()], kept, rewards[keep], rewards))
+
+        keep = sample_filter.keep(group_std(rewards))                       # (missing,) bool
+        pictures = torch.arange(missing * G).view(missing, G)[keep].flatten()       # (kept * G,)
+        kept_prompts += [prompts[i] for i in pictures.tolist()]
+        kept.append(select(trajectory, pictures.to(trajectory.tokens.device)))
+        kept_rewards.append(rewards[keep])
+        all_rewards.append(rewards)
         missing -= int(keep.sum())
         if missing == 0:
             break
-    prompts, trajectories, *both = zip(*rounds)         # both kinds of rewards
-    return Groups([*itertools.chain(*prompts)], Trajectory(*map(torch.cat, zip(*trajectories))),
-                  *map(torch.cat, both))
+    return Groups(kept_prompts, concatenate(kept), torch.cat(kept_rewards), torch.cat(all_rewards))
+
 
 def choose_steps(B, T, config, generator):
     """The steps that the loss uses -> (M, 2) long, pairs of a picture and a step
@@ -359,166 +460,180 @@ def choose_steps(B, T, config, generator):
     k random steps per picture, new in every update, estimate Eq. 10's mean over all T without bias.
     With the first or last k (the paper's computational reduction), only those steps are optimised.
     """
-    k, device = config.score_steps or T, generator.device
-    steps = torch.arange(T, device=device).expand(B, T)                     # (B, T)
-    if k < T and config.reduction == "random":
-        steps = torch.rand(B, T, generator=generator, device=device).argsort(1)     # (B, T)
-    steps = steps[:, -k:] if config.reduction == "last" else steps[:, :k]   # (B, k)
+    k = config.score_steps or T
+    device = generator.device
+    if k == T or config.reduction == "first":
+        steps = torch.arange(k, device=device).expand(B, k)                 # (B, k)
+    elif config.reduction == "last":
+        steps = torch.arange(T - k, T, device=device).expand(B, k)          # (B, k)
+    else:
+        order = torch.rand(B, T, generator=generator, device=device).argsort(1)     # (B, T)
+        steps = order[:, :k].sort(1).values                                 # (B, k)
     pictures = torch.arange(B, device=device)[:, None].expand(B, k)         # (B, k)
-    return torch.stack([pictures, steps.sort(1).values], dim=-1).flatten(0, 1)      # (B * k, 2)
+    return torch.stack([pictures, steps], dim=-1).flatten(0, 1)             # (B * k, 2)
 
+
+@torch.enable_grad()
 def learn(policy, reference, optimizer, groups, advantage, config, generator):
-    """An optimizer step per inner epoch; advantage (B,) -> means of the last epoch for the log"""
-    trajectory, prompt_ids = groups.trajectory, policy.encode(groups.prompts)
+    """The gradient of the loss, clipped, in .grad -> means over all pairs for the log
+
+    An optimizer step separates inner epochs; that after the last is left to the caller. Each epoch
+    recomputes the logits, log p, the threshold, the ratio and the clip. All epochs share the pairs
+    of picture and step, the states, the noise, the draws, logp_old and A.
+    FloatingPointError, before the step, if the loss or its gradient is not finite. advantage (B,)
+    """
+    trajectory = groups.trajectory
+    prompt_ids = policy.encode(groups.prompts)                              # (B, L_text)
     B, T, _ = trajectory.noise.shape
     pairs = choose_steps(B, T, config, generator)                           # (M, 2) b and t
     # the mean of Eq. 10 is over all P groups; those still missing count as 0
     weight = 1 / (config.groups * config.group_size * (config.score_steps or T))
     logp_old = []
     for epoch in range(config.inner_epochs):
-        parts = []
+        if epoch > 0:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        parts = {"loss": [], "ratio": [], "clip": [], "kl": []}
         for i, chunk in enumerate(bar(pairs.split(config.micro_batch), "learning")):
             b, t = chunk.unbind(1)                                          # (m,) each
             logp = replay_logprob(policy, prompt_ids, trajectory, b, t, config.transition)
             if epoch == 0:      # the weights have not moved since sampling, so this is p_old
                 logp_old.append(logp.detach())
-            loss, numbers = grpo_loss(logp, logp_old[i], advantage[b], config.clip_low,
-                                      config.clip_high)                     # (m,)
+            loss, details = grpo_loss(logp, logp_old[i], advantage[b],
+                                      config.clip_low, config.clip_high)    # (m,)
+            kl = torch.zeros_like(loss)                                     # (m,)
             if reference is not None:
                 with torch.no_grad():
                     logp_ref = replay_logprob(reference, prompt_ids, trajectory, b, t,
                                               config.transition)            # (m,)
-                numbers["kl"] = kl_k3(logp, logp_ref)                       # (m,)
-                loss = loss + config.beta * numbers["kl"]
+                kl = kl_k3(logp, logp_ref)                                  # (m,)
+                loss = loss + config.beta * kl
             (loss.sum() * weight).backward()
-            parts.append({name: x.detach() for name, x in {"loss": loss, **numbers}.items()})
-        log = {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
-        log["loss"] *= len(pairs) * weight         # of all P groups, as above
-        log["grad"] = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if not math.isfinite(log["loss"] + log["grad"]):
-            sys.exit(f"mask_grpo.py: the loss is {log['loss']} and the norm of its gradient "
-                     f"{log['grad']}; try a smaller --lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return log
+            parts["loss"].append(loss.detach())
+            parts["ratio"].append(details["ratio"])
+            parts["clip"].append(details["clip"])
+            parts["kl"].append(kl.detach())
+        means = {name: torch.cat(values).mean().item() for name, values in parts.items()}
+        means["loss"] *= len(pairs) * weight    # of all P groups, like the gradient
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        means["grad"] = norm.item()             # before it was clipped
+        if not math.isfinite(means["loss"] + means["grad"]):
+            raise FloatingPointError(f"the loss is {means['loss']} and the norm of its gradient "
+                                     f"{means['grad']}; try a smaller --lr in a new run")
+    return means
+
 
 # --------------------------------------------------------------------------------------------------
-# 6. The training loop, after its set-up. Mistakes in the input show before any long work.
+# 6. The training loop. It knows what has been done, what is due, and how to do one update. Whatever
+#    ends it, Ctrl-C or a bug in a reward, the state after the last whole update is saved.
+
 
 def train(config: "Config"):
     """Load or make the base, then train it -> the rows of metrics.csv"""
+    # set up; mistakes in the input show here, before any long work
     out = pathlib.Path(config.out).absolute()   # a reward may call os.chdir
-    device = torch.device(config.device)
-
-    # the captions to train on, all categories equally often, and those to hold out
-    splits = reward.split_captions(config.prompts)              # 2 dicts, category -> captions
-    most = max(map(len, splits[0].values()))
-    captions = [texts[i % len(texts)] for texts in splits[0].values() for i in range(most)]
-
-    # the reward, what evaluation reports, and the policy
+    checkpoint = out / "checkpoint.pt"
+    check_folder(config, checkpoint)
+    device = open_device(config)
+    splits = load_captions(config.prompts)      # training and held out: category -> captions
     reward_fn = reward.load_reward(config.reward, device)
-    measure = reward.load_reward(config.measure, device) if config.measure else reward_fn
-    measure = reward.STRICT.get(measure, measure)       # ungraded, if there is such a version
+    measure = reward_fn
+    if config.measure != config.reward:
+        measure = reward.load_reward(config.measure, device)
     policy = make_policy(config, device)
-    try_out(policy, (reward_fn, measure), splits, config)
+    try_out(policy, reward_fn, measure, splits, config)
 
-    # the base, its frozen copy if there is a KL, and the other state of a run
-    with reward.blame(f"--out {config.out}"):
+    # the base, its frozen copy if there is a KL, and the rest of a run's state
+    with blame(f"--out {config.out}"):
         (out / "samples").mkdir(parents=True, exist_ok=True)
-    if not (config.model or config.weights):
+    if not config.model and not config.weights:
         load_base(policy, config, out)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
+    reference = None
+    if config.beta > 0:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+    captions = balanced(splits[0])
     optimizer = make_optimizer(policy, config)
     generator = torch.Generator(device).manual_seed(config.seed)
     sample_filter = SampleFilter(config.filter_quantile)
+    state = {"rows": [], "draws": generator.get_state(), "filter": [],
+             "base": None, "latest": {"update": None}}          # what evaluate returned
     if config.resume:
-        saved = torch.load(out / "checkpoint.pt", "cpu", weights_only=True)
-        if saved["captions"] != splits:
-            sys.exit(f"mask_grpo.py: --prompts: the captions differ from those of {out}")
-        policy.load_state_dict(saved["policy"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})  # not lr
-        with reward.blame(f"--device {device}: the run was on a device of another kind"):
-            generator.set_state(saved["draws"])
-        sample_filter.history.extend(saved["filter"])
-        before, after, rows = saved["before"], saved["after"], saved["rows"]
-    else:
-        before = after = evaluate(policy, measure, splits, config, "base")
-        rows = []
-        print("\n".join(before["lines"]), flush=True)
+        state = load_checkpoint(checkpoint, splits, policy, optimizer)
+        with blame(f"--device {device}: the run was on a device of another kind"):
+            generator.set_state(state["draws"])
+        sample_filter.history.extend(state["filter"])
+    rows = state["rows"]
+    process = os.getpid()
 
-    def save():
-        """Write checkpoint.pt, all that --resume needs. A kill at any moment leaves the old one."""
-        partial = out / f"checkpoint.{os.getpid()}.partial"
-        torch.save({"config": dataclasses.asdict(config), "captions": splits, "rows": rows,
-                    "before": before, "after": after, "policy": policy.state_dict(),
-                    "optimizer": optimizer.state_dict()["state"], "draws": generator.get_state(),
-                    "filter": [*sample_filter.history]}, partial)
-        os.replace(partial, out / "checkpoint.pt")
-
-    save()                                      # from now on a new run in this folder is refused
-    with finish_update_first(save) as signals:
-        for update in range(len(rows) + 1, config.updates + 1):
-            start = time.time()
-            lr = set_lr(optimizer, config.lr, update - 1, config.warmup, config.updates)
+    try:
+        while True:
+            # evaluate: the base, every `eval_every` updates, and the last
+            done = len(rows)
+            due = done % config.eval_every == 0 or done == config.updates
+            if due and state["latest"]["update"] != done:
+                latest = evaluate(policy, measure, splits, config, done)
+                if done == 0:
+                    state["base"] = latest
+                else:
+                    rows[-1]["heldout"] = latest["scores"][1].mean().item()
+                    grid = out / "samples" / f"update_{done:05d}.png"
+                    save_grid(grid, splits[1], state["base"], latest)
+                state["latest"] = latest
+                save_checkpoint(checkpoint, config, splits, policy, optimizer, state)
+                print_scores(state["latest"], splits)
+            write_rows(out / "metrics.csv", rows)
+            if done >= config.updates:
+                break
 
             # sample groups of pictures; learn from them, unless every group vanished
+            start = time.time()
+            lr = set_lr(optimizer, config.lr, done, config.warmup, config.updates)
             groups = sample_groups(policy, reward_fn, captions, sample_filter, config, generator)
-            numbers = {"ratio": 1.0, "clip": 0.0, "kl": 0.0, "grad": 0.0, "loss": 0.0}
+            means = {"ratio": 1.0, "clip": 0.0, "kl": 0.0, "grad": 0.0, "loss": 0.0}
             if groups.prompts:
                 advantage = group_advantage(groups.rewards, config.divide_by_std)   # (P, G)
-                numbers |= learn(policy, reference, optimizer, groups,
-                                 advantage.flatten().to(device), config, generator)
-            rows.append({
-                "update": update, "reward": groups.sampled.mean().item(),
-                "reward_se": groups.sampled.mean(1).std().item() / len(groups.sampled) ** 0.5,
-                "live": sum(len(set(group)) > 1 for group in groups.rewards.tolist()),
-                "sampled": len(groups.sampled), **numbers, "lr": lr,
-                "seconds": time.time() - start, "heldout": ""})
+                means = learn(policy, reference, optimizer, groups, advantage.flatten().to(device),
+                              config, generator)
+            row = {"update": done + 1, **summary(groups), **means, "lr": lr,
+                   "seconds": time.time() - start, "heldout": ""}
 
-            # evaluate and save, and print only then: a broken pipe must not cost an update
-            evaluated = update % config.eval_every == 0 or update == config.updates
-            if evaluated:
-                after = evaluate(policy, measure, splits, config, f"update {update}")
-                rows[-1]["heldout"] = after["scores"][1].mean().item()
-            stop = bool(signals)                # a later signal acts one update later
-            if evaluated or stop:
-                save()
-            lines = [",".join(map(str, x)) for x in (rows[0].keys(), *(r.values() for r in rows))]
-            (out / "metrics.csv").write_text("\n".join(lines) + "\n")
-            if stop:
-                break
-            row = rows[-1]
-            left = int(sum(r["seconds"] for r in rows) / update * (config.updates - update))
-            more = f"ratio {row['ratio']:.3f} clip {row['clip']:.0%} | " * (config.inner_epochs > 1)
-            more += f"kl {row['kl']:.4f} | " * (config.beta > 0)
-            print(f"update {update:3d}/{config.updates} | reward {row['reward']:.4f} "
-                  f"+-{row['reward_se']:.4f} | groups {row['live']:2d}/{row['sampled']:2d} | "
-                  f"{more}grad {row['grad']:.2f} | {row['seconds']:.1f} s | "
-                  f"left {left // 60}:{left % 60:02d}", flush=True)
-            if evaluated:
-                print("\n".join(after["lines"]), flush=True)
-                reward.save_grid(out / "samples" / f"update_{update:05d}.png",
-                                 f"base | update {update}", splits[1], before, after)
-    if len(rows) < config.updates:
-        sys.exit(f"mask_grpo.py: stopped after update {len(rows)}; to continue: "
-                 f"python mask_grpo.py --resume --out {shlex.quote(config.out)}")
-    print("\n".join([*before["lines"], *after["lines"]]), flush=True)
-    reward.save_grid(out / "comparison.png", "base | trained", splits[1], before, after)
+            # the weights and the record of them change together: a stop comes before or after
+            with uninterrupted():
+                optimizer.step()                # nothing moves if every group vanished
+                optimizer.zero_grad(set_to_none=True)
+                rows.append(row)
+                state["draws"] = generator.get_state()
+                state["filter"] = list(sample_filter.history)
+            print_update(rows, config)
+    except BaseException:
+        if os.getpid() == process:              # not in a worker that a reward has forked
+            with uninterrupted():
+                save_checkpoint(checkpoint, config, splits, policy, optimizer, state)
+                write_rows(out / "metrics.csv", rows)
+        raise
+    print_scores(state["base"], splits)
+    print_scores(state["latest"], splits)
+    save_grid(out / "comparison.png", splits[1], state["base"], state["latest"])
     return rows
+
 
 # --------------------------------------------------------------------------------------------------
 # 7. Settings. Each field is a flag (clip_low is --clip-low), and its comment is the help text.
 
+
 @dataclasses.dataclass
 class Config:
-    """All settings of a run. The defaults are for the shapes world; SHOWO has those of Show-o."""
+    """All settings of a run. The defaults are for the shapes world; SHOWO has those of Show-o.
+
+    InputError, a ValueError, if one has another type, is out of its range, or does not fit another.
+    """
     # task
     model: str = ""                 # Show-o (hub id or folder) or MODULE:FUNCTION; "": shapes
     vq_model: str = "showlab/magvitv2"   # Show-o's image decoder: hub id, folder or file
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
     reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
-    measure: str = ""               # the reward that evaluation reports; "": that of --reward
+    measure: str = ""               # the reward in evaluations; "": correct for shapes, else same
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings
     generate: str = ""              # do not train; sample 4 pictures per caption in this file
@@ -560,10 +675,61 @@ class Config:
     eval_pictures: int = 48         # pictures per category, for training and held-out captions
 
     def __post_init__(self):
-        here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
-        self.device = self.device or here or "cpu"
-        for field in dataclasses.fields(self):      # torch.load refuses a Path or a numpy number
-            setattr(self, field.name, field.type(getattr(self, field.name)))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, checked(field, getattr(self, field.name)))
+        if not self.device:
+            self.device = "cpu"
+            if torch.accelerator.is_available():
+                self.device = torch.accelerator.current_accelerator().type
+        if not self.measure:
+            self.measure = "correct" if self.reward == "shapes" else self.reward
+        if self.width % 16 != 0:
+            raise InputError(f"--width {self.width}: must be a multiple of 16")
+        if self.score_steps > self.steps:
+            raise InputError(f"--score-steps {self.score_steps}: must be at most --steps")
+        if self.filter_quantile > 1:
+            raise InputError(f"--filter-quantile {self.filter_quantile}: must be at most 1")
+        if self.max_grad_norm == 0:
+            raise InputError("--max-grad-norm 0: must be above 0, or nothing is learned")
+        if self.generate and not self.model and not self.weights:
+            raise InputError("--generate needs --model, or --weights such as out/checkpoint.pt")
+        if self.model and not self.prompts and not self.generate:
+            raise InputError("--model needs --prompts, a file of captions")
+
+
+CHOICES = {"transition": TRANSITIONS, "optimizer": ("adamw", "adafactor"),
+           "reduction": ("random", "first", "last")}
+LEAST = {"seed": 0, "pretrain_steps": 0, "score_steps": 0, "filter_tries": 0, "warmup": 0,
+         "group_size": 2}           # of the other integers 1, of floats 0
+KINDS = {bool: (bool, "true or false"), int: (numbers.Integral, "a whole number"),
+         float: (numbers.Real, "a number"), str: ((str, os.PathLike), "text")}
+MAY_CHANGE = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch", "checkpointing",
+              "model", "vq_model", "weights", "prompts"}        # on --resume; files may have moved
+
+
+def flag(name):
+    """The command line's name of a field: clip_low -> --clip-low"""
+    return "--" + name.replace("_", "-")
+
+
+def checked(field, value):
+    """The value of a field as its type, one that torch.load accepts; InputError if it is wrong"""
+    kind, name = KINDS[field.type]
+    if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
+        raise InputError(f"{flag(field.name)} {value!r}: must be {name}")
+    if field.type is str:
+        value = os.path.expanduser(value)
+    value = field.type(value)
+    if field.name in CHOICES and value not in CHOICES[field.name]:
+        choices = ", ".join(CHOICES[field.name])
+        raise InputError(f"{flag(field.name)} {value}: must be one of {choices}")
+    if field.type in (int, float):
+        least = LEAST.get(field.name, 1 if field.type is int else 0)
+        if not least <= value < 2 ** 31:
+            raise InputError(f"{flag(field.name)} {value}: must be at least {least}, and below "
+                             "2 ** 31")
+    return value
+
 
 # --------------------------------------------------------------------------------------------------
 # 8. The policy is Show-o (Xie et al., 2024) or a small model like it. It is a Phi language model
@@ -573,6 +739,7 @@ class Config:
 #    as below; its logits must have the property of section 1.
 
 NUM_SPECIAL = 10    # ids between text and codes: pad, start and end of image (soi, eoi), tasks, ...
+
 
 class Policy(nn.Module):
     """p(code | prompt, partly masked picture), for all positions of the picture at once
@@ -584,16 +751,23 @@ class Policy(nn.Module):
 
     def __init__(self, phi: PhiConfig, tokenize, bos_id, decoder, num_tokens, codebook_size):
         super().__init__()
-        self.showo, self.decoder, self.tokenize = PhiForCausalLM(phi), decoder, tokenize
-        self.num_tokens, self.codebook_size, self.max_text = num_tokens, codebook_size, 128
+        self.showo = PhiForCausalLM(phi)
+        self.decoder = decoder
+        self.tokenize = tokenize
+        self.num_tokens = num_tokens
+        self.codebook_size = codebook_size
+        self.max_text = 128
         self.offset = phi.vocab_size - 1 - codebook_size    # id of code 0; MASK is the last
-        self.bos_id, self.pad_id = bos_id, self.offset - NUM_SPECIAL    # bos also ends the text
-        self.soi_id, self.eoi_id, self.t2i_id = self.pad_id + 1, self.pad_id + 2, self.pad_id + 5
+        self.bos_id = bos_id                                # also ends the text
+        self.pad_id = self.offset - NUM_SPECIAL
+        self.soi_id = self.pad_id + 1
+        self.eoi_id = self.pad_id + 2
+        self.t2i_id = self.pad_id + 5
         self.dtype = torch.float32      # of the transformer's matmuls; weights are always float32
 
     @property
     def device(self):
-        """Where the weights are."""
+        """Where the weights are"""
         return self.showo.lm_head.weight.device
 
     def encode(self, prompts: list[str]):
@@ -601,13 +775,14 @@ class Policy(nn.Module):
         rows = []
         for prompt in prompts:
             words = self.tokenize(prompt)
-            bos = [] if words[:1] == [self.bos_id] else [self.bos_id]
-            row = [self.t2i_id, *bos, *words, self.bos_id]
+            if words[:1] != [self.bos_id]:
+                words = [self.bos_id, *words]
+            row = [self.t2i_id, *words, self.bos_id]
             if len(row) > self.max_text + 1:        # cut, but with its last bos, as in Show-o
                 row = row[:self.max_text] + [self.bos_id]
             rows.append(row)
-        longest = max(map(len, rows))   # Show-o pads to 129; pads are masked, and RoPE is relative
-        rows = [[self.pad_id] * (longest - len(row)) + row for row in rows]
+        longest = max(len(row) for row in rows)     # Show-o pads to 129; pads are masked, and
+        rows = [[self.pad_id] * (longest - len(row)) + row for row in rows]     # RoPE is relative
         return torch.tensor(rows, device=self.device)
 
     def attention_mask(self, prompt_ids):
@@ -629,31 +804,55 @@ class Policy(nn.Module):
 
         prompt_ids (B, L_text) long, tokens (B, N) long, K for MASK -> (B, N, K) float32
         """
-        edge = prompt_ids.new_ones(len(tokens), 1)                              # (B, 1)
-        image = [edge * self.soi_id, tokens + self.offset, edge * self.eoi_id]
-        ids, mask = torch.cat([prompt_ids, *image], dim=1), self.attention_mask(prompt_ids)
-        with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+        edge = torch.ones_like(tokens[:, :1])                                   # (B, 1)
+        ids = torch.cat([prompt_ids, edge * self.soi_id, tokens + self.offset,
+                         edge * self.eoi_id], dim=1)                            # (B, L)
+        mask = self.attention_mask(prompt_ids)                                  # (B, 1, L, L)
+        # cache_enabled would keep a copy of all weights in bf16 for a single use
+        with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16,
+                            cache_enabled=False):
             hidden = self.showo.model(ids, attention_mask=mask, use_cache=False)[0]     # (B, L, D)
         hidden = hidden[:, -self.num_tokens - 1:-1].float()                     # (B, N, D)
-        codes, head = slice(self.offset, self.offset + self.codebook_size), self.showo.lm_head
+        codes = slice(self.offset, self.offset + self.codebook_size)
+        head = self.showo.lm_head
         with torch.autocast(self.device.type, enabled=False):   # bf16 would change the draws
             return F.linear(hidden, head.weight[codes], head.bias[codes])       # (B, N, K)
 
     @torch.no_grad()
     def decode(self, tokens):
         """The pixels of finished pictures: tokens (B, N) -> (B, H, W, 3) uint8"""
-        side, pictures = math.isqrt(self.num_tokens), []
+        side = math.isqrt(self.num_tokens)
         at_once = max(1, 4096 // self.num_tokens)           # 4 pictures of 512 x 512, for memory
+        pictures = []
         for codes in tokens.view(-1, side, side).split(at_once):                # (b, h, w)
             pixels = ((self.decoder(codes) + 1) / 2).clamp(0, 1) * 255          # (b, 3, H, W)
             pictures.append(pixels.to(torch.uint8).permute(0, 2, 3, 1))     # Show-o truncates
         return torch.cat(pictures)
 
+
 # --------------------------------------------------------------------------------------------------
 # 9. The shapes world: a small Phi, a decoder of tiles, and a base trained from scratch. The base is
-#    most confident about the background. It begins over 80% of the objects in its last three
-#    steps, which reveal 4 or 5 tokens each, drawn independently. After RL, this share is 7%, and
-#    the first step reveals a tile of an object, which all later draws see (assets/study.md).
+#    most confident about the background, and reveals it first. assets/study.md measures what
+#    training changes.
+
+
+class PlacedEmbedding(nn.Embedding):
+    """Embeddings of ids, plus a learned one of their place in the sequence: (B, L) -> (B, L, D)
+
+    Places are counted from the end, because prompts vary in length. With RoPE alone, a model this
+    small takes longer to learn where each object belongs.
+    """
+
+    def __init__(self, vocabulary, width, longest=192):
+        super().__init__(vocabulary, width)
+        self.place = nn.Parameter(torch.empty(longest, width))
+        nn.init.normal_(self.weight, std=0.1)
+        nn.init.normal_(self.place, std=0.1)
+
+    def forward(self, ids):
+        """ids (B, L) long -> (B, L, D)"""
+        return super().forward(ids) + self.place[-ids.shape[1]:]
+
 
 def shapes_policy(config) -> Policy:
     """A Policy with random weights. Its text tokens are the phrases of the shapes world."""
@@ -668,7 +867,7 @@ def shapes_policy(config) -> Policy:
 
     def tokenize(caption):
         if caption and caption not in reward.WANTED:
-            sys.exit(f"mask_grpo.py: {caption!r} is not in the shapes world; use --model")
+            raise InputError(f"{caption!r} is not in the shapes world; use --model")
         return [1 + reward.PHRASES.index(phrase) for phrase in reward.phrases(caption)]
 
     def paint(codes):                       # p x p pixels per tile; + 0.5 because decode truncates
@@ -677,33 +876,33 @@ def shapes_policy(config) -> Policy:
         return F.pixel_shuffle(tiles, reward.TILE)                          # (B, 3, h * p, w * p)
 
     policy = Policy(phi, tokenize, 0, paint, reward.GRID ** 2, reward.CODEBOOK_SIZE)
-    # a learned position embedding, counted from the end, because prompts vary in length; with RoPE
-    # alone, a model this small takes longer to learn where each object belongs
-    embedding = policy.showo.model.embed_tokens = nn.Embedding(phi.vocab_size, config.width)
-    embedding.place = nn.Parameter(torch.empty(192, config.width))
-    for weight in embedding.parameters():
-        nn.init.normal_(weight, std=0.1)
-    embedding.register_forward_hook(lambda module, _, x: x + module.place[-x.shape[1]:])
+    policy.showo.model.embed_tokens = PlacedEmbedding(phi.vocab_size, config.width)
     return policy
 
+
+@torch.enable_grad()
 def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
     """Masked-token prediction on correct pictures, including those of held-out captions
 
     A share of the prompts is replaced by "", so that guidance has an unconditional model.
     """
-    rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     N, MASK, total = policy.num_tokens, policy.codebook_size, config.pretrain_steps
     prompts, pictures = reward.draw_pairs(min(20_000, batch * total), rng)      # (n,), (n, N)
     optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98), fused=True)
     for i in bar(range(total), "pretraining"):
         set_lr(optimizer, lr, i, 100, total)
         index = torch.randint(len(prompts), (batch,), generator=generator)      # (batch,)
-        text = [prompts[j] if rng.random() > prompt_dropout else "" for j in index.tolist()]
+        texts = []
+        for j in index.tolist():
+            hidden = rng.random() <= prompt_dropout
+            texts.append("" if hidden else prompts[j])
         share = torch.cos(torch.rand(batch, 1, generator=generator) * math.pi / 2)   # as in MaskGIT
         order = torch.rand(batch, N, generator=generator).argsort(-1)           # (batch, N)
         masked = (order < (share * N).ceil()).to(policy.device)                 # (batch, N) bool
         tokens = pictures[index].to(policy.device)                              # (batch, N)
-        logits = policy(policy.encode(text), tokens.masked_fill(masked, MASK))  # (batch, N, K)
+        logits = policy(policy.encode(texts), tokens.masked_fill(masked, MASK))     # (batch, N, K)
         loss = F.cross_entropy(logits[masked], tokens[masked])
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -712,23 +911,33 @@ def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
         if (i + 1) % 500 == 0:
             print(f"pretrain {i + 1}/{total} | cross-entropy {loss.item():.3f}", flush=True)
 
+
 def load_base(policy, config, folder):
-    """Load the base from a folder, or pretrain it. Its file name lists all that it depends on."""
+    """Give the policy the base's weights, from a file of an earlier run, or by pretraining
+
+    The file is named by the settings that the base depends on.
+    """
     path = folder / f"base-{config.seed}-{config.width}-{config.layers}-{config.pretrain_steps}.pt"
-    if not path.exists():
-        pretrain(policy, config)
-        torch.save(policy.state_dict(), path)
-    fill(policy, read_weights(path), path)
+    if path.exists():
+        fill(policy, read_weights(path), path)
+        return
+    pretrain(policy, config)
+    with replacing(path) as partial:
+        torch.save(policy.state_dict(), partial)
+
 
 # --------------------------------------------------------------------------------------------------
 # 10. Show-o as a policy: the published weights in the class of section 8, and MAGVIT-v2's decoder.
 
-# Defaults for Show-o, 512 x 512: the paper's T and learning rate, the released code's reward,
-# warm-up and guidance. w = 5 is 6 in the other convention, uncond + w (cond - uncond). 625 updates
-# draw 10,000 captions, the size of the paper's file. Prompts are not rewritten.
+# Defaults for Show-o, 512 x 512: the paper's learning rate, the released code's T, reward and
+# guidance, and a warm-up inferred from it. w = 5 is 6 in the other convention, uncond + w (cond -
+# uncond). 625 updates draw 10,000 captions, the size of the paper's file. Prompts are not
+# rewritten.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, temperature=1.0, guidance=5.0, updates=625,
              lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
              eval_every=10, eval_pictures=64)
+WEIGHTS = "pytorch_model.safetensors"       # the usual name of the file
+
 
 class MagvitDecoder(nn.Module):
     """The decoder of MAGVIT-v2 (Yu et al., 2023) as Show-o publishes it, names of modules included
@@ -745,12 +954,17 @@ class MagvitDecoder(nn.Module):
         self.conv_in = nn.Conv2d(bits, channels[-1], 3, padding=1)
         self.mid = janus.JanusVQVAEMidBlock(config, channels[-1])
         self.up = nn.ModuleList()
-        for level, (c, count) in enumerate(zip(channels, (4, 4, 3, 4, 3))):
-            before = [channels[min(level + 1, 4)]] + [c] * (count - 1)          # input channels
-            blocks = [janus.JanusVQVAEResnetBlock(config, b, c) for b in before]
-            self.up.append(nn.ModuleDict({"block": nn.Sequential(*blocks)}))
+        for level, count in enumerate((4, 4, 3, 4, 3)):
+            outputs = channels[level]
+            inputs = channels[min(level + 1, 4)]                                # of the first block
+            blocks = nn.Sequential()
+            for _ in range(count):
+                blocks.append(janus.JanusVQVAEResnetBlock(config, inputs, outputs))
+                inputs = outputs
+            parts = nn.ModuleDict({"block": blocks})
             if level > 0:
-                self.up[level]["upsample"] = janus.JanusVQVAEConvUpsample(c)    # twice the side
+                parts["upsample"] = janus.JanusVQVAEConvUpsample(outputs)       # twice the side
+            self.up.append(parts)
         self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -758,93 +972,201 @@ class MagvitDecoder(nn.Module):
         """codes (B, h, w) long -> (B, 3, 16 h, 16 w), in [-1, 1] but for overshoot"""
         bits = self.conv_in.in_channels
         shifts = torch.arange(bits - 1, -1, -1, device=codes.device)            # highest bit first
-        x = ((codes[:, None] >> shifts[:, None, None]) & 1).float() * 2 - 1     # (B, 13, h, w)
+        x = (codes[:, None] >> shifts[:, None, None]) & 1                       # (B, 13, h, w)
+        x = x.float() * 2 - 1
         x = self.mid(self.conv_in(self.post_quant_conv(x)))                     # (B, 4 width, h, w)
         for level in reversed(self.up):
             for part in level.values():                                         # block, upsample
                 x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))                          # (B, 3, 16 h, 16 w)
 
+
 def read_weights(source):
-    """A state dict from a file (or a checkpoint's policy), from pytorch_model.safetensors in a
-    folder or a hub repository OWNER/NAME, or from OWNER/NAME/FILE -> dict
+    """A state dict (or that in a checkpoint) from a file, a folder, or a hub repository -> dict
+
+    OWNER/NAME and a folder hold it in pytorch_model.safetensors; OWNER/NAME/FILE names a file.
     """
-    path, usual = str(source), "pytorch_model.safetensors"
-    with reward.blame(f"weights {source}" + " (no file or folder)" * (not os.path.exists(path))):
+    path = str(source)
+    what = f"weights {path}"
+    if not os.path.exists(path):
+        what += " (no file or folder)"
+    with blame(what):
         if os.path.isdir(path):
-            path = os.path.join(path, usual)
+            path = os.path.join(path, WEIGHTS)
         elif not os.path.isfile(path):
-            owner, name, file = (path + "//").split("/", 2)
-            path = hf_hub_download(f"{owner}/{name}", file.strip("/") or usual)
+            owner, name, *file = path.split("/", 2)
+            path = hf_hub_download(f"{owner}/{name}", file[0] if file else WEIGHTS)
         if path.endswith(".safetensors"):
             return load_file(path)
-        with open(path, "rb") as file:          # torch's format before 1.6 cannot be mapped
-            mapped = file.read(2) == b"PK"
-        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
         return state.get("policy", state)
+
 
 def fill(policy, weights, source, assign=False):
     """Load a state dict by name, strictly. An error shows what names the file has."""
-    with reward.blame(f"weights {source} ({', '.join([*weights][:2])}, ...)"):
+    names = ", ".join(list(weights)[:2])
+    with blame(f"weights {source} ({names}, ...)"):
         policy.load_state_dict(weights, assign=assign)
+
 
 def load_showo(model, vq_model="showlab/magvitv2", weights="", device="cpu") -> Policy:
     """Show-o and its decoder from hub ids or local folders. weights: in place of the model's own"""
-    with reward.blame(f"--model {model}"):
+    with blame(f"--model {model}"):
         config, _ = PhiConfig.get_config_dict(model)
-        llm, text, K = config["llm_model_path"], config["llm_vocab_size"], config["codebook_size"]
+        llm = config["llm_model_path"]
+        text = config["llm_vocab_size"]
+        codebook_size = config["codebook_size"]
         tokenizer = AutoTokenizer.from_pretrained(llm)
-        if not len(tokenizer) == text == config["vocab_size"] - NUM_SPECIAL - K - 1:
+        expected = config["vocab_size"] - NUM_SPECIAL - codebook_size - 1
+        if not len(tokenizer) == text == expected:
             raise ValueError(f"{llm} has {len(tokenizer)} tokens, which does not fit {config}")
         phi = PhiConfig.from_pretrained(
             llm, vocab_size=config["vocab_size"], qk_layernorm=True, tie_word_embeddings=False,
             hidden_act="gelu_pytorch_tanh",     # Phi's gelu_new, in one kernel
             attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0)     # sampler and learner agree
 
+    state = read_weights(weights or model)
+    for name, x in read_weights(vq_model).items():
+        if name.startswith("decoder."):         # the encoder is not needed
+            state[name] = x
     tokenize = functools.partial(tokenizer.encode, add_special_tokens=False, verbose=False)
-    vq = {name: x for name, x in read_weights(vq_model).items() if name.startswith("decoder.")}
     with torch.device("meta"):                  # no storage; the loaded weights replace it
-        policy = Policy(phi, tokenize, tokenizer.bos_token_id,
-                        MagvitDecoder().requires_grad_(False), config["num_vq_tokens"], K)
+        decoder = MagvitDecoder().requires_grad_(False)
+        policy = Policy(phi, tokenize, tokenizer.bos_token_id, decoder, config["num_vq_tokens"],
+                        codebook_size)
     policy.showo.model.rotary_emb = type(policy.showo.model.rotary_emb)(phi)    # is in no file
-    fill(policy, {**read_weights(weights or model), **vq}, weights or model, assign=True)
+    fill(policy, state, weights or model, assign=True)
     if torch.device(device).type == "cuda":
         policy.dtype = torch.bfloat16
         torch.set_float32_matmul_precision("high")      # TF32 for the head
     return policy.float().to(device)
 
+
+def is_showo(model):
+    """Whether --model is a folder or a hub id of Show-o, not MODULE:FUNCTION of your own"""
+    return bool(model) and (":" not in model or re.match(r"[A-Za-z]:[\\/]", model) is not None)
+
+
 def make_policy(config, device):
-    """The policy that --model names, with --weights if given; for shapes, random weights"""
+    """The policy of --model with --weights, if they are given; random weights for shapes"""
     torch.manual_seed(config.seed)
-    if config.model and ":" not in config.model:
+    if is_showo(config.model):
         policy = load_showo(config.model, config.vq_model, config.weights, device)
-    else:                                       # MODULE:FUNCTION of your own, or the shapes world
-        own = config.model and reward.find_function(config.model)
-        policy = own(config, device) if own else shapes_policy(config).to(device)
+    else:
+        if config.model:
+            policy = reward.find_function(config.model)(config, device)
+        else:
+            policy = shapes_policy(config).to(device)
         if config.weights:
             fill(policy, read_weights(config.weights), config.weights)
     policy.eval()                               # no dropout: sampler and learner must agree
     if config.checkpointing and isinstance(policy, Policy):
-        policy.showo.train()                    # else transformers ignores it; Phi has no dropout
-        enable = getattr(policy.showo, "activation_checkpointing_enable", None)     # newer name
-        (enable or policy.showo.gradient_checkpointing_enable)()
-    if max(config.steps, config.eval_steps) > policy.num_tokens:
-        sys.exit(f"mask_grpo.py: --steps, --eval-steps: at most {policy.num_tokens}, one per token")
+        policy.showo.train()                    # else transformers ignores it; all dropouts are 0
+        policy.showo.gradient_checkpointing_enable()
+    most = policy.num_tokens
+    if max(config.steps, config.eval_steps) > most:
+        raise InputError(f"--steps, --eval-steps: at most {most}, one per token")
     return policy
 
+
 # --------------------------------------------------------------------------------------------------
-# 11. Around the loop: the optimizer, a trial, evaluation, signals, pictures for GenEval.
+# 11. Around the loop: captions, the optimizer, a trial, evaluation, files, stops, GenEval.
+
+
+def read_captions(path):
+    """The captions of a file -> list of dicts with a "prompt", and whatever else a record holds
+
+    .json holds a list and .jsonl a record per line. A record is a string, or an object with a
+    `caption` (the paper's file) or a `prompt` (GenEval's). Any other file holds a caption per line.
+    """
+    kind = pathlib.Path(path).suffix.lower()
+    records = []
+    with blame(f"captions in {path}"):
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
+        if kind == ".json":
+            lines = json.loads(text)
+        elif kind == ".jsonl":
+            lines = [json.loads(line) for line in lines]
+        elif kind in (".csv", ".tsv") or text[:1] in ("[", "{"):
+            raise ValueError("must be a .txt with a caption per line, or be named .json or .jsonl")
+        if not isinstance(lines, list):
+            raise ValueError("must be a list")
+        for i, record in enumerate(lines, 1):
+            if not isinstance(record, dict):
+                record = {"prompt": record}
+            prompt = record.get("prompt", record.get("caption"))
+            if not isinstance(prompt, str):
+                raise ValueError(f"record {i} is not a string and has no `caption` or `prompt`")
+            prompt.encode()                         # raises for a lone surrogate
+            if prompt.strip():
+                records.append({**record, "prompt": prompt.strip()})
+        if not records:
+            raise ValueError("there are none")
+    return records
+
+
+def load_captions(path=""):
+    """The training captions and the held-out captions -> 2 dicts, category -> list[str]
+
+    A tenth of a file is held out, at most 64 captions, chosen by a checksum: the same ones in every
+    run. Without a file they are the captions of the shapes world.
+    """
+    if not path:
+        return [reward.captions(heldout=False), reward.captions(heldout=True)]
+    prompts = [record["prompt"] for record in read_captions(path)]
+    distinct = sorted(set(prompts), key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
+    if len(distinct) < 2:
+        raise InputError(f"captions in {path}: training needs at least two")
+    if len(distinct) < len(prompts):
+        print(f"{len(prompts) - len(distinct)} captions are duplicates; each is used once")
+    held = min(64, math.ceil(len(distinct) / 10))
+    return [{"captions": distinct[held:]}, {"captions": distinct[:held]}]
+
+
+def balanced(captions):
+    """All captions, those of small categories repeated: categories are drawn equally often"""
+    most = max(len(texts) for texts in captions.values())
+    result = []
+    for texts in captions.values():
+        result += [texts[i % len(texts)] for i in range(most)]
+    return result
+
+
+def open_device(config):
+    """The device of --device, which is printed: who has a GPU should see if it is not used"""
+    with blame(f"--device {config.device}"):
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+    name = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"device {device}, {name}", flush=True)
+    return device
+
 
 def make_optimizer(policy, config):
-    """AdamW, or torch's Adafactor with a learning rate on the same scale -> Optimizer"""
+    """AdamW, or torch's Adafactor with a learning rate on the same scale -> Optimizer
+
+    Its state is allocated here, so that too little memory shows before any work.
+    """
     trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() > 1]},
+    groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":     # with this eps, steps do not scale with the weights
-        return torch.optim.Adafactor(groups, eps=(None, 1.0), foreach=False, **common)
-    on_gpu = policy.device.type == "cuda"
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu, **common)
+    if config.optimizer == "adafactor":
+        # with this eps, steps do not scale with the weights, while their RMS is at most 1
+        optimizer = torch.optim.Adafactor(groups, lr=0.0, eps=(None, 1.0), foreach=False)
+    else:
+        fused = torch.device(policy.device).type != "cpu"
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=fused)
+    for p in trained:                       # a step that moves nothing and leaves a state of zeros
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
+    return optimizer
+
 
 def set_lr(optimizer, peak, i, warmup, total):
     """The learning rate of update i = 0, 1, ...: a linear warm-up times a cosine to 0 -> float"""
@@ -854,147 +1176,379 @@ def set_lr(optimizer, peak, i, warmup, total):
         group["lr"] = lr
     return lr
 
-def try_out(policy, functions, splits, config):
-    """Pictures of two captions, so that a bug in a reward or model shows before any long work"""
-    prompts = [caption for split in splits for texts in split.values() for caption in texts]
+
+def try_out(policy, reward_fn, measure, splits, config):
+    """Try captions, rewards and policy, so that a mistake shows before any long work
+
+    Every caption is encoded, pictures of two captions are rated, and one picture is learned from.
+    """
+    prompts = []
+    for split in splits:
+        for texts in split.values():
+            prompts += texts
     print(f"{len(prompts)} captions, such as {prompts[0]!r}", flush=True)
     for i in range(0, len(prompts), 64):
         policy.encode(prompts[i:i + 64])        # a word may be unknown
     small = dataclasses.replace(config, eval_pictures=2, eval_steps=1)
-    for function in functions:
-        evaluate(policy, function, [{"": prompts}], small, "")
+    evaluate(policy, reward_fn, [{"": prompts}], small, 0)
+    evaluate(policy, measure, [{"": prompts}], small, 0)
+
     ids = policy.encode(prompts[:2])                                            # (2, L_text)
     masks = torch.full((2, policy.num_tokens), policy.codebook_size, device=ids.device)     # (2, N)
     with torch.no_grad():
-        if not torch.allclose(policy(ids, masks), policy(ids, masks), 1e-3, 1e-3):
-            sys.exit("mask_grpo.py: --model: two passes over one input differ; is dropout on?")
+        once = policy(ids, masks)                                               # (2, N, K)
+        again = policy(ids, masks)                                              # (2, N, K)
+    if not torch.allclose(once, again, 1e-3, 1e-3):
+        raise InputError("--model: two passes over one input differ; is dropout on?")
+
+    torch.set_grad_enabled(True)                # a module of the user's may have switched it off
+    path = rollout(policy, ids, 1)
+    first = torch.zeros(1, dtype=torch.long, device=ids.device)                 # picture 0, step 0
+    logp = replay_logprob(policy, ids, path, first, first, config.transition)   # (1,)
+    if logp.requires_grad:
+        logp.sum().backward()
+    reached = [p for p in policy.parameters() if p.grad is not None]
+    if not reached:
+        raise InputError("--model: no gradient reaches its parameters; are they registered, not "
+                         "frozen, and used in forward without no_grad?")
+    for p in reached:
+        if p.dtype != torch.float32 or not p.grad.isfinite().all():
+            raise InputError(f"--model: a weight is {p.dtype} with a gradient of norm "
+                             f"{p.grad.norm()}; training needs float32 weights, finite gradients")
+    policy.zero_grad(set_to_none=True)
+
 
 @torch.no_grad()
-def evaluate(policy, measure, splits, config, title):
+def evaluate(policy, measure, splits, config, update):
     """Measure pictures of fixed captions from fixed noise: only the weights can make a difference
 
-    splits: S dicts of C categories -> dict of scores (S, C, n), pictures (S, C, 4, H, W, 3), lines
+    splits: S dicts of C categories -> dict of `update`, the number of updates done, `scores`
+    (S, C, n) and `pictures` (S, C, 4, H, W, 3) uint8, the first four of each category
     """
     n = config.eval_pictures
-    prompts = [captions[i % len(captions)]
-               for split in splits for captions in split.values() for i in range(n)]
+    prompts = []
+    for split in splits:
+        for captions in split.values():
+            prompts += [captions[i % len(captions)] for i in range(n)]
     generator = torch.Generator(policy.device).manual_seed(config.seed + 1)
     trajectory = sample(policy, prompts, config, config.eval_steps, generator, config.guidance)
     pixels = policy.decode(trajectory.tokens).cpu()                             # (S*C*n, H, W, 3)
     scores = reward.rate(measure, pixels, prompts).view(len(splits), -1, n)     # (S, C, n)
     pictures = pixels.view(*scores.shape, *pixels.shape[1:])[:, :, :4]          # (S, C, 4, H, W, 3)
-    lines = []
-    for name, split, means in zip(("training", "held-out"), splits, scores.mean(2)):
-        cells = " ".join(f"{category} {mean:.2f}" for category, mean in zip(split, means.tolist()))
-        lines.append(f"{title} {name} {means.mean():.3f} | {cells}".replace(" 0.", " ."))
-    return {"scores": scores, "pictures": pictures.clone(), "lines": lines}
+    return {"update": update, "scores": scores, "pictures": pictures.clone()}
+
+
+def print_scores(evaluation, splits):
+    """Two lines, training and held-out captions: the mean, and the mean of each category"""
+    title = "base" if evaluation["update"] == 0 else f"update {evaluation['update']}"
+    for name, split, scores in zip(("training", "held-out"), splits, evaluation["scores"]):
+        means = scores.mean(1)                                                  # (C,)
+        line = f"{title} {name} {means.mean():.3f} |"
+        for category, mean in zip(split, means.tolist()):
+            line += f" {category} {mean:.2f}"
+        print(line.replace(" 0.", " ."), flush=True)
+
+
+COLUMNS = ("update", "reward", "reward_se", "live", "sampled", "ratio", "clip", "kl", "grad",
+           "loss", "lr", "seconds", "heldout")
+
+
+def summary(groups):
+    """What was sampled and kept in an update, for its row of metrics.csv -> dict"""
+    means = groups.all_rewards.mean(1)                                          # (P',)
+    error = ""                                  # a single group has none
+    if len(means) > 1:
+        error = means.std().item() / len(means) ** 0.5
+    live = [len(set(rewards)) > 1 for rewards in groups.rewards.tolist()]
+    return {"reward": groups.all_rewards.mean().item(), "reward_se": error, "live": sum(live),
+            "sampled": len(means)}
+
+
+def print_update(rows, config):
+    """The line of the last update"""
+    row = rows[-1]
+    parts = [f"update {row['update']:3d}/{config.updates}", f"reward {row['reward']:.4f}"]
+    if row["reward_se"] != "":
+        parts[-1] += f" +-{row['reward_se']:.4f}"
+    parts.append(f"groups {row['live']:2d}/{row['sampled']:2d}")
+    if config.inner_epochs > 1:
+        parts.append(f"ratio {row['ratio']:.3f} clip {row['clip']:.0%}")
+    if config.beta > 0:
+        parts.append(f"kl {row['kl']:.4f}")
+    parts.append(f"grad {row['grad']:.2f}")
+    parts.append(f"{row['seconds']:.1f} s")
+    mean = sum(r["seconds"] for r in rows) / len(rows)
+    left = int(mean * (config.updates - row["update"]))
+    parts.append(f"left {left // 60}:{left % 60:02d}")
+    print(" | ".join(parts), flush=True)
+
 
 @contextlib.contextmanager
-def finish_update_first(save):
-    """Ctrl-C and SIGTERM let the update finish; a second one acts as usual -> list of the signals
+def replacing(path):
+    """Write a file as a whole or not at all: yields a path beside it, which then takes its place"""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
 
-    It saves on errors, too. With several inner epochs, a failed update may be partly applied.
-    """
-    signals, usual = [], {}
 
-    def note(number, _):
-        signals.append(number)
-        signal.signal(number, usual[number])
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this update; repeat to stop at once\n")
+def write_rows(path, rows):
+    """metrics.csv: a line per update"""
+    with replacing(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
+
+def save_checkpoint(path, config, splits, policy, optimizer, state):
+    """Write all that --resume needs. Weights that are not finite never replace a checkpoint."""
+    for p in policy.parameters():
+        if not p.isfinite().all():
+            return
+    with replacing(path) as partial:
+        torch.save({"config": dataclasses.asdict(config), "captions": splits, "state": state,
+                    "policy": policy.state_dict(), "optimizer": optimizer.state_dict()["state"]},
+                   partial)
+
+
+def read_checkpoint(path, mmap):
+    """A checkpoint -> dict; with mmap its tensors stay on the disk until they are used"""
+    with blame(f"--resume: {path}"):
+        saved = torch.load(path, "cpu", weights_only=True, mmap=mmap)
+        Config(**saved["config"])               # fails if it is of another version
+        return saved
+
+
+def check_folder(config, checkpoint):
+    """Refuse a new run where there is one, and a --resume that does not fit the run there"""
+    with blame(f"--out {config.out}"):          # it may be too long, or closed to this user
+        try:
+            exists = bool(checkpoint.stat())
+        except FileNotFoundError:
+            exists = False
+    if exists and not config.resume:
+        raise InputError(f"{checkpoint} exists; --resume continues it, another --out starts a new "
+                         "run")
+    if config.resume:
+        saved = read_checkpoint(checkpoint, mmap=True)
+        for name, before in saved["config"].items():
+            value = getattr(config, name)
+            if value != before and name not in MAY_CHANGE:
+                raise InputError(f"{flag(name)} {value}: the run has {before!r}; leave it out, or "
+                                 "start a new run with another --out")
+        done = len(saved["state"]["rows"])
+        if config.updates < done:
+            raise InputError(f"--updates {config.updates}: {done} are already done")
+
+
+def load_checkpoint(path, splits, policy, optimizer):
+    """Restore weights and optimizer -> the rest of a run's state, a dict"""
+    saved = read_checkpoint(path, mmap=False)
+    if saved["captions"] != splits:
+        raise InputError(f"--prompts: the captions differ from those of {path}")
+    policy.load_state_dict(saved["policy"])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})  # not lr
+    return saved["state"]
+
+
+STOPS = [signal.SIGINT, signal.SIGTERM]         # Ctrl-C, the end of a job,
+if hasattr(signal, "SIGHUP"):                   # and a lost terminal, which Windows does not report
+    STOPS.append(signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def handling(stops, handler):
+    """Inside, these signals go to a handler, but for those that are ignored, as under nohup"""
+    usual = {}
+    if threading.current_thread() is threading.main_thread():       # others may not set handlers
+        for number in stops:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                usual[number] = signal.signal(number, handler)
     try:
-        with contextlib.suppress(ValueError):   # only the main thread may set handlers
-            usual |= {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-        yield signals
-    except (Exception, SystemExit):             # a bug in a reward or a model, NaN, no memory
-        save()
-        raise
+        yield usual
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Inside, a stop waits until the end"""
+    held = []
+
+    def hold(number, frame):
+        held.append(number)
+
+    with handling(STOPS, hold):
+        yield
+    for number in held:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def stops_interrupt():
+    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does"""
+    process = os.getpid()
+
+    def interrupt(number, frame):
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+        signal.signal(number, usual[number])    # in a worker that a reward has forked
+        signal.raise_signal(number)
+
+    with handling(STOPS[1:], interrupt) as usual:
+        yield
+
+
+def save_grid(path, captions, before, after):
+    """A PNG of pairs of held-out pictures, before | after, a category per row, with their scores
+
+    captions: category -> list. before, after: evaluations
+    """
+    size = before["pictures"].shape[4]
+    size = min(max(size, 96), 256)              # of a picture on the sheet, in pixels
+    columns = before["pictures"].shape[2]
+    width = 2 * size + 28
+    height = size + 48
+    font = ImageFont.load_default(size=13)
+    sheet = Image.new("RGB", (columns * width + 12, len(captions) * height + 30), "white")
+    draw = ImageDraw.Draw(sheet)
+    title = f"held-out captions, same noise: base | update {after['update']}"
+    draw.text((12, 8), title, "black", font)
+    for i, texts in enumerate(captions.values()):
+        for j in range(columns):
+            x = 12 + j * width
+            y = 30 + i * height
+            draw.text((x, y), texts[j % len(texts)][:width // 6], "black", font)
+            for evaluation in (before, after):
+                picture = Image.fromarray(evaluation["pictures"][1, i, j].numpy())
+                sheet.paste(picture.resize((size, size), Image.Resampling.BOX), (x, y + 18))
+                draw.rectangle((x, y + 18, x + size - 1, y + 17 + size), outline="gray")
+                score = evaluation["scores"][1, i, j]
+                draw.text((x, y + 19 + size), f"{score:.2f}", "gray", font)
+                x += size + 4
+    sheet.save(path)
+
+
+def checksum(policy):
+    """A number that tells sets of weights apart -> int"""
+    result = 0
+    for x in policy.state_dict().values():
+        bytes_of_x = x.cpu().contiguous().flatten().view(torch.uint8)
+        result = zlib.crc32(bytes_of_x.numpy(), result)
+    return result
+
 
 def generate(config: Config):
-    """4 pictures per caption in a file, in GenEval's layout. Each caption has its own noise."""
-    out, records = pathlib.Path(config.out).absolute(), reward.read_captions(config.generate)
+    """4 pictures per caption in a file, in GenEval's layout. Each caption has its own noise.
+
+    metadata.jsonl is written last: a folder in which it holds the caption's record is finished.
+    """
+    out = pathlib.Path(config.out).absolute()
+    records = read_captions(config.generate)
     if out.exists() and not config.resume:
-        sys.exit(f"mask_grpo.py: {out} exists; --resume continues it, another --out starts anew")
-    policy = make_policy(config, torch.device(config.device))
+        raise InputError(f"{out} exists; --resume continues it, another --out starts anew")
+    device = open_device(config)
+    policy = make_policy(config, device)
     print(f"{len(records)} captions; the first is {records[0]['prompt']!r}", flush=True)
     policy.encode([record["prompt"] for record in records])     # a word may be unknown
+    settings = {"seed": config.seed, "eval_steps": config.eval_steps, "guidance": config.guidance,
+                "temperature": config.temperature, "weights": checksum(policy)}
+    path = out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise InputError(f"{out} holds pictures with the settings {path.read_text().strip()}, not "
+                         f"{json.dumps(settings)}; choose another --out")
+    if (out / f"{len(records):05d}").exists():
+        raise InputError(f"{out} holds more than {len(records)} captions; choose another --out")
+    with blame(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(settings) + "\n")
+
     for i, record in enumerate(bar(records, "captions")):
         folder = out / f"{i:05d}"
-        if (folder / "metadata.jsonl").exists():    # written last, so this caption is done
+        metadata = folder / "metadata.jsonl"
+        line = json.dumps(record) + "\n"
+        if metadata.exists() and metadata.read_text() == line:
             continue
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         seed = zlib.crc32(f"{config.seed} {i}".encode())        # on a CPU seeds have 32 bits
-        trajectory = sample(policy, [record["prompt"]] * 4, config, config.eval_steps,
-                            torch.Generator(policy.device).manual_seed(seed), config.guidance)
+        generator = torch.Generator(policy.device).manual_seed(seed)
+        trajectory = sample(policy, [record["prompt"]] * 4, config, config.eval_steps, generator,
+                            config.guidance)
         for j, picture in enumerate(policy.decode(trajectory.tokens).cpu().numpy()):
             Image.fromarray(picture).save(folder / "samples" / f"{j:04d}.png")
-        (folder / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+        with replacing(metadata) as partial:
+            partial.write_text(line)
+
 
 # --------------------------------------------------------------------------------------------------
 # 12. The command line.
 
-MAY_CHANGE = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch", "checkpointing",
-              "model", "vq_model", "weights", "prompts"}        # on --resume; files may have moved
-MAY_BE_0 = {"seed", "pretrain_steps", "score_steps", "filter_tries", "warmup"}  # other ints: 1
+
+def help_text():
+    """What -h prints: the source of Config"""
+    return (f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\nThe flags are "
+            f"fields of Config: clip_low is --clip-low.\n\n{inspect.getsource(Config)}\n"
+            "Show-o's defaults are SHOWO, in section 10. A run with --resume has the settings of\n"
+            "its checkpoint. Weights from a checkpoint bring the settings OF_WEIGHTS.")
+
+
+# what a model needs to be itself, taken from a checkpoint that is given as --weights
+OF_WEIGHTS = ("width", "layers", "temperature", "eval_steps", "guidance")
+
+
+def default_settings(given):
+    """Defaults for a command line, where they are not those of Config -> dict"""
+    if given.get("resume") and not given.get("generate"):
+        checkpoint = pathlib.Path(given.get("out", Config.out)).expanduser() / "checkpoint.pt"
+        return read_checkpoint(checkpoint, mmap=True)["config"]
+    settings = {}
+    if is_showo(given.get("model", "")):
+        settings.update(SHOWO)
+    weights = os.path.expanduser(given.get("weights", ""))
+    if os.path.isfile(weights) and not weights.endswith(".safetensors"):
+        with blame(f"weights {weights}"):
+            saved = torch.load(weights, "cpu", weights_only=True, mmap=True)
+        before = saved.get("config", {})
+        settings.update({name: before[name] for name in OF_WEIGHTS if name in before})
+    return settings
+
 
 def parse(argv=None) -> Config:
-    """The settings of a command line. With --resume, most are those of the checkpoint."""
-    flags = {field: "--" + field.replace("_", "-") for field in Config.__dataclass_fields__}
-    text = (f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\nThe flags are "
-            f"fields of Config: clip_low is --clip-low.\n\n{inspect.getsource(Config)}\n"
-            "Show-o's defaults are SHOWO, in section 10.")
-    parser = argparse.ArgumentParser(
-        "mask_grpo.py", argparse.SUPPRESS, text, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = {"transition": TRANSITIONS, "optimizer": ("adamw", "adafactor"),
-               "reduction": ("random", "first", "last")}
+    """The settings of a command line"""
+    parser = argparse.ArgumentParser("mask_grpo.py", argparse.SUPPRESS, add_help=False,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
     for field in dataclasses.fields(Config):
-        how = {"type": field.type, "choices": choices.get(field.name)}
         if field.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flags[field.name], help=argparse.SUPPRESS, **how)
-    given = {"out": Config.out, **vars(parser.parse_args(argv))}
-    checkpoint = pathlib.Path(given["out"], "checkpoint.pt")
-    defaults = SHOWO if given.get("model") and ":" not in given["model"] else {}
-    if given.get("generate"):
-        if not (given.get("model") or given.get("weights")):
-            parser.error("--generate needs --model, or --weights such as out/checkpoint.pt")
-    elif given.get("resume"):
-        with reward.blame(f"--resume: {checkpoint}"):
-            saved = torch.load(checkpoint, "cpu", weights_only=True, mmap=True)
-            defaults, done = dataclasses.asdict(Config(**saved["config"])), len(saved["rows"])
-        for name in given:
-            if name not in MAY_CHANGE and given[name] != defaults[name]:
-                parser.error(f"{flags[name]} {given[name]}: the run has {defaults[name]!r}; leave "
-                             "it out, or start a new run with another --out")
-        if given.get("updates", done) < done:
-            parser.error(f"--updates {given['updates']}: {done} are already done")
-    elif checkpoint.exists():
-        parser.error(f"{checkpoint} exists; --resume continues it, another --out starts a new run")
-    config = Config(**{**defaults, **given})
-    for name, field in Config.__dataclass_fields__.items():
-        least = 0 if field.type is float or name in MAY_BE_0 else 2 if name == "group_size" else 1
-        if field.type in (int, float) and not least <= getattr(config, name) < 2 ** 31:
-            parser.error(f"{flags[name]} {getattr(config, name)}: must be at least {least}, and "
-                         "below 2 ** 31")
-    if config.width % 16 or config.score_steps > config.steps or config.filter_quantile > 1:
-        parser.error("--width must be a multiple of 16, --score-steps at most --steps, and "
-                     "--filter-quantile at most 1")
-    if config.model and not (config.prompts or config.generate):
-        parser.error("--model needs --prompts, a file of captions")
-    with reward.blame(f"--device {config.device}"):
-        torch.zeros(1, device=config.device)
-    return config
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag(field.name), type=field.type)
+    given = vars(parser.parse_args(argv))
+    if given.pop("help", False):
+        print(help_text())
+        sys.exit(0)
+    return Config(**{**default_settings(given), **given})
+
 
 def main(argv=None):
-    """Run a command line."""
-    sys.path.append(os.getcwd())                # where a MODULE:FUNCTION of your own may be
-    config = parse(argv)
-    (generate if config.generate else train)(config)
+    """Run a command line"""
+    sys.path.insert(0, os.getcwd())             # where a MODULE:FUNCTION of your own may be
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # captions need not be ASCII
+    try:
+        config = parse(argv)
+        with stops_interrupt():
+            if config.generate:
+                generate(config)
+            else:
+                train(config)
+    except InputError as error:
+        sys.exit(f"mask_grpo.py: {error}")
+    except KeyboardInterrupt:
+        command = shlex.join(["python", *sys.argv])
+        sys.exit(f"mask_grpo.py: stopped; to continue: {command} --resume")
+
 
 if __name__ == "__main__":
     main()

@@ -23,11 +23,13 @@ SHARE = 0.4                                                 # of the peak
 ROWS = (("the paper's setting", 50, 50, 1), ("`--score-steps 10`", 50, 10, 1),
         ("`--steps 20`", 20, 20, 1), ("8 cards, `--groups 2` on each", 50, 50, 8))
 
+
 def count(function):
     """The FLOPs of a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
+
 
 def show_o(layers, checkpointing=False):
     """FLOPs of one picture: a forward pass, a forward and a backward pass, and the decoder."""
@@ -36,9 +38,10 @@ def show_o(layers, checkpointing=False):
         policy = M.Policy(phi, None, 0, M.MagvitDecoder(), 1024, 8192)
         ids, tokens = torch.zeros(1, 16 + 3).long(), torch.zeros(1, 1024).long()
     if checkpointing:
-        policy.showo.activation_checkpointing_enable()
+        policy.showo.gradient_checkpointing_enable()
     return (count(lambda: policy(ids, tokens)), count(lambda: policy(ids, tokens).sum().backward()),
             count(lambda: policy.decode(tokens)))
+
 
 def clip():
     """FLOPs of the reward of one picture."""
@@ -46,6 +49,7 @@ def clip():
         net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
         pixels, words = torch.zeros(1, 3, 224, 224), torch.zeros(1, 77).long()
     return count(lambda: (net.encode_image(pixels), net.encode_text(words)))
+
 
 def main():
     """Print the table."""
@@ -65,6 +69,7 @@ def main():
             hours = (625 * update + 64 * evaluation) / rate / 3600   # the base, then every 10
             cells.append(f"{update / rate:.0f} s, {hours:.0f} h")
         print(f"| {name} | {' | '.join(cells)} |")
+
 
 if __name__ == "__main__":
     # autocast does not know the device "meta"

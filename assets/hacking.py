@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A reward that can be hacked: `--reward assets.hacking:recall --measure shapes`"""
+"""A reward that can be hacked: `--reward assets.hacking:recall --measure correct`"""
 import torch
 
 import reward

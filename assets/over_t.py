@@ -21,7 +21,7 @@ def shares(run):
     found = []
     for _, policy, config, splits in changes.policies(run):
         scores = [mask_grpo.evaluate(policy, reward.shapes_correct, splits,
-                                     dataclasses.replace(config, eval_steps=T), "")["scores"]
+                                     dataclasses.replace(config, eval_steps=T), 0)["scores"]
                   for T in TIMES]                                   # (2, C, n) each
         found.append([100 * each[1].mean() for each in scores])     # held-out captions, in percent
     return config.seed, found

@@ -33,7 +33,7 @@ TABLES = {                                      # title of a row -> flags
         "groups of 16, as many pictures": "--group-size=16 --groups=6",
         "learning rate / 3": "--lr=5e-4", "learning rate x 3": "--lr=4.5e-3",
         "twice the updates": "--updates=108"}}
-HACKING = "--reward=assets.hacking:recall --measure=shapes"
+HACKING = "--reward=assets.hacking:recall --measure=correct"
 
 
 def read_runs(path):

@@ -43,7 +43,7 @@ done << LIST | sed 's/ *$//' | xargs -L 1 -P "${JOBS:-1}" sh "$0" "$1"
 3 --lr=5e-4
 3 --lr=4.5e-3
 3 --updates=108
-3 --reward=assets.hacking:recall --measure=shapes
-3 --reward=assets.hacking:recall --measure=shapes --beta=0.1
-3 --reward=assets.hacking:recall --measure=shapes --beta=1
+3 --reward=assets.hacking:recall --measure=correct
+3 --reward=assets.hacking:recall --measure=correct --beta=0.1
+3 --reward=assets.hacking:recall --measure=correct --beta=1
 LIST
