@@ -6,7 +6,8 @@ GRPO is group relative policy optimisation. "Reinforcement Learning Meets Masked
 as follows. A picture is a grid of N tokens, the codes of small patches. All begin as MASK. Each of
 T steps draws a token at every masked position, keeps the draws with the highest confidence, and
 masks the other positions again. The confidence of a draw is its log-probability under the model,
-and the sampler adds noise to it. One step that keeps two of four draws:
+and the sampler adds noise to it. One step that keeps two of four draws, where p_i is the model's
+distribution at position i:
 
     position                    0       1       2       3
     drawn token y_i ~ p_i      sky     cat     sky     dog
@@ -18,25 +19,28 @@ and the sampler adds noise to it. One step that keeps two of four draws:
 As a decision process, the *state* is the prompt and the partly masked picture. The *action* is the
 set of draws at all masked positions. The *next state* keeps those that rank highest. There is one
 *reward*, for the finished picture. Many actions lead to the same next state, because the draws at
-positions 1 and 3 are discarded. GRPO needs the probability of a step. There are three definitions
-(section 2). `ar`, as in autoregressive models, is the probability of the action. `p1` sums over all
-actions with this next state. `p2` uses the revealed tokens only. One update:
+positions 1 and 3 are discarded. GRPO needs the probability of a step. The paper has three
+definitions (section 2). `ar` is the probability of the action, a product over all draws, like the
+likelihood of an autoregressive model. `p1` sums over all actions with this next state. `p2` uses
+the revealed tokens only. One update:
 
-  1. Sample G pictures for each of P prompts. Record each step. (section 1)
-  2. Reward each picture. The filter replaces groups whose rewards hardly differ. (sections 3, 5)
+  1. Sample a group of G pictures for each of P prompts. Record each step. (section 1)
+  2. Reward each picture. A filter discards groups whose rewards hardly differ, and others are
+     sampled in their place. (sections 3, 5)
   3. Compute each picture's advantage A within its group, Eq. 12. (section 3)
   4. Compute ratio = p(step) now / p(step) under the weights that sampled, Eq. 11. (section 2)
   5. Maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus an optional KL
      penalty against the base, the model before this training, Eq. 10. (section 4)
 
-Without the clip, the filter, the division by the std and the KL, this is REINFORCE with the group's
-mean as its baseline, for the ranking as it fell (section 2 says what that leaves out). The main
-deviation from the paper is the noise: `p1` is Eq. 14 with the sampler's noise, and `p1_literal` is
-Eq. 14 as printed. README.md lists every deviation, with its test.
+With one optimizer step per update, and without the filter, the division by the std and the KL, this
+is REINFORCE with the group's mean as its baseline. The ranking is taken as given; section 2 says
+what that leaves out. The main deviation from the paper is the noise: `p1` is Eq. 14 with the
+sampler's noise, and `p1_literal` is Eq. 14 as printed. README.md lists the deviations.
 
-Dims: B = P * G pictures of P prompts (captions), N image tokens, K codes, T steps, L length of the
-sequence (L_text for its text), D hidden size, M (picture, step) pairs, m of them in a
-micro-batch. The code counts steps from 0. `python mask_grpo.py -h` explains every setting.
+Dims: B = P * G pictures of P prompts (captions), b of them in a batch, N image tokens, K codes, T
+steps, L length of the sequence (L_text for its text), D hidden size, M (picture, step) pairs, m of
+them in a micro-batch. A picture has h x w tokens or H x W pixels. The code counts steps from 0.
+`python mask_grpo.py -h` explains every setting.
 """
 import argparse
 import contextlib
@@ -44,7 +48,7 @@ import copy
 import csv
 import dataclasses
 import functools
-import inspect                                      # -h shows the source of Config
+import inspect  # -h shows the source of Config
 import io
 import itertools
 import json
@@ -86,18 +90,19 @@ bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent w
 #    with N = policy.num_tokens and K = policy.codebook_size. A token is a code (0 to K - 1) or MASK
 #    (K). The sampler and the learner call it with different batches, so the logits of a picture
 #    must not depend on the other pictures, on padding, or on chance (dropout).
-#    Confidence sampling is a heuristic. The tokens of a step are drawn independently, so the
-#    finished pictures follow no joint distribution that the model defines. What is trained is the
-#    model *as this sampler uses it*: other numbers of steps or another noise give other pictures.
-#    The policy itself is in section 8.
+#    Confidence sampling is a heuristic. The model gives a distribution for each position, not a
+#    joint one, and the tokens of a step are drawn independently. So the distribution of finished
+#    pictures is made by model and sampler together, and differs with the number of steps and with
+#    the noise. What is trained is the model *as this sampler uses it*. The policy is in section 8.
 #    Sections 1 to 4 can be copied. They need torch, F, math, itertools, typing and deque.
 
 
 def mask_schedule(T: int, N: int) -> list[int]:
     """Tokens still masked after each of T steps: floor(N cos(pi (t + 1) / (2 T))), 0 at the end
 
-    mask_schedule(4, 16) = [14, 11, 6, 0]. Each step reveals a token or more, so T > N is refused.
-    In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, so the floor can differ.
+    mask_schedule(4, 16) = [14, 11, 6, 0]. Each step reveals at least one token, so T > N is
+    refused. In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, which can lower the
+    floor by 1.
     """
     assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, since each reveals at least one token"
     schedule = []
@@ -126,7 +131,7 @@ class Trajectory(typing.NamedTuple):
 def gumbel(shape, generator, device):
     """Standard Gumbel noise, -log E where E is exponential with mean 1 -> tensor of this shape"""
     noise = torch.empty(shape, device=device).exponential_(generator=generator)
-    return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf, and 0 * inf is NaN
+    return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf; times 0, NaN
 
 
 @torch.no_grad()
@@ -137,8 +142,9 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     Codes are always drawn at temperature 1. `temperature` scales the ranking noise, which varies
     the order of revealing. As in Show-o, each step t multiplies what is left of this scale by
     1 - (t + 1) / T. For T = 12 and temperature 2: 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
-    With guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the empty prompt.
-    FloatingPointError if a logit is NaN or inf (-inf is allowed: a code that is never drawn).
+    With classifier-free guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the
+    empty prompt. FloatingPointError if a logit is NaN or inf. Without guidance it may be -inf, for
+    a code that is never drawn.
     prompt_ids (B, L_text) long, null_ids (B, L_null) long
     """
     B, N, K = len(prompt_ids), policy.num_tokens, policy.codebook_size
@@ -156,7 +162,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
             logits = (1 + guidance) * logits - guidance * uncond
         logp = F.log_softmax(logits, dim=-1)                                # (B, N, K)
 
-        # draw a code everywhere: the argmax of log p + Gumbel noise is an exact sample of p
+        # draw a code at every position (those already revealed are ignored below): the argmax of
+        # log p + Gumbel noise is an exact sample of p
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
         if token_logp.isnan().any():
@@ -167,7 +174,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         noise = temperature_left * gumbel((B, N), generator, logp.device)   # (B, N)
         noisy_confidence = token_logp + noise                               # (B, N)
 
-        # keep the n_t masked positions with the highest noisy confidence
+        # of the masked positions, keep the n_t with the highest noisy confidence
         candidates = noisy_confidence.masked_fill(revealed_at < t, -math.inf)       # (B, N)
         keep = candidates.topk(masked_before - masked_after).indices        # (B, n_t)
         tokens = tokens.scatter(1, keep, drawn.gather(1, keep))
@@ -182,8 +189,9 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 # 2. The probability of a step. Step t reveals the positions U and masks the positions R again,
 #    although a code was drawn there, too. The noise does not depend on the weights, so it counts as
 #    part of the environment. It is recorded, and the probability is the one *given the noise*.
-#    Noise that is drawn anew, or left out, would rank the draws differently: then codes at R would
-#    outrank U, and the step that happened would look impossible.
+#    With fresh noise, or with none, p1 would be the probability of this next state under another
+#    ranking. It would be another number (below: .70 instead of .28), and 0 where every code at a
+#    position of R would outrank U. The probability of a step is a product over positions:
 #
 #        formula      factor for U  factor for R                           the probability of
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw         the action      (Eq. 13)
@@ -193,8 +201,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #
 #    As an example, take two positions, left and right, and two codes, a and b. The probabilities of
 #    a and b are (.7, .3) on the left and (.6, .4) on the right. One position is kept. In the last
-#    column the noise is log 1.5 on the right, so the ranking multiplies the probabilities there by
-#    1.5.
+#    column the noise is 0 on the left and log 1.5 on the right, so the ranking multiplies the
+#    probabilities on the right by 1.5.
 #
 #        draws    probability   kept, no noise            kept, with noise
 #        (a, a)   .7 * .6       left, a    (.7 > .6)      right, a   (.7 < .9)
@@ -211,36 +219,44 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #
 #    p1 adds up all draws with the same next state. The printed formula is right for a sampler
 #    without noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a
-#    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a].
+#    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a]. Each
+#    pair of draws counts twice, once for its left code and once for its right one.
 #
 #    `ar` and p1 have the same gradient on average (Rao-Blackwell), at fixed noise and at ratio 1.
 #    Take the next state [a, MASK] without noise. Whatever is drawn on the right loses, so log p1
 #    has gradient 0 in the right logits. If a was drawn there, which has probability .6, log ar has
-#    the gradient (.4, -.4) in them, and if b was, (-.6, .6): the mean is 0, too. So `ar` reinforces
-#    discarded codes. Compared with p1, that adds variance to the gradient, and no bias.
+#    the gradient (.4, -.4) in them, and if b was, (-.6, .6): the mean is 0, too. So `ar` moves
+#    discarded codes up or down by chance. That adds variance to the gradient, and no bias.
 #
-#    The gradients of log ar and log p1 have mean 0 over all steps, because their probabilities sum
-#    to 1. That of log p2 has not. Without noise, the left logits get .7 * (.3, -.3) from [a, MASK],
-#    and nothing from the two next states that reveal the right: p2 raises what is revealed often.
+#    Averaged over the next states of a step, the gradients of log ar and log p1 are 0, because
+#    their probabilities sum to 1. The gradient of log p2 is not. Without noise, [a, MASK] gives
+#    .7 * (.3, -.3) to the left logits, and the next states that reveal the right give nothing.
+#    Subtracting the group's mean (section 3) removes this part. What remains is that p2 ignores R:
+#    if [a, MASK] is worth 1, [MASK, a] .3 and the rest 0, it gives .05 to the left logit of a,
+#    where p1 gives .17.
 #
-#    One thing all definitions leave out: the ranking depends on the weights, too. At fixed noise
-#    it changes in jumps, which have no gradient; averaged over the noise it has one. Let [a, MASK]
-#    be worth 1, [MASK, a] .3, the rest 0. With Gumbel noise of scale .05, the expected reward has
-#    the gradient (.242, -.082) in the logits of a (left, right); p1, and `ar` on average, give
-#    (.168, .016). At scale 1.83 they are (.138, .037) and (.110, .028). p1 is used all the same: it
-#    is the probability of what was seen, given the noise. Training can still change the order,
-#    because confidence *is* log p. Tokens of good pictures rank higher as they become more
-#    probable, and p1's factor for R lowers codes that would outrank U.
+#    All definitions leave one thing out: the ranking depends on the weights, too. At fixed noise
+#    the winner changes abruptly, so the derivative is 0 almost everywhere. Averaged over the noise,
+#    the probability of a ranking is smooth and has a gradient. With the rewards above and Gumbel
+#    noise of scale .05, the expected reward has the gradient (.242, -.082) in the logits of a
+#    (left, right). p1, and `ar` on average, give (.168, .016), with the wrong sign on the right. At
+#    scale 1.83, that of the first of 12 steps, they are closer: (.138, .037) and (.110, .028). p1
+#    is used all the same. It is exact for what it claims, the probability of the next state given
+#    the noise. With the noise integrated out instead, an earlier version learned no better. And
+#    training can still change the order, because confidence *is* log p: tokens of good pictures
+#    rank higher as they become more probable, and p1's factor for R lowers codes that would
+#    outrank U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # log p of a code that would not lose; if none would, exp(-60) stands in for 0
+FLOOR = -60.0       # in place of log p of a code that would not lose, so that no sum is 0
 
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
 
-    U is revealed_at == t, R is revealed_at > t. noise: what the sampler added to the confidences of
-    this step; None is no noise. drawn: its draws, for `ar`.
+    s_t is the picture before step t, and logits are the policy's for it. U is revealed_at == t, R
+    is revealed_at > t. noise: what the sampler added to the confidences of this step; None is no
+    noise. drawn: its draws, for `ar`.
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
     assert transition in TRANSITIONS, f"{transition!r}: must be one of {TRANSITIONS}"
@@ -263,8 +279,8 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
         return logp_revealed
 
     # The sampler compared noisy confidences, so both sides of this comparison carry the noise. The
-    # threshold, the lowest one kept, is recomputed with the weights behind these logits. No
-    # gradient flows through it, because it only enters a comparison.
+    # threshold, the lowest one kept, is recomputed from these logits. No gradient flows through it,
+    # because it only enters a comparison.
     if noise is None or transition == "p1_literal":
         noise = torch.zeros_like(token_logp)                                # (B, N)
     threshold = (token_logp + noise).masked_fill(~revealed, math.inf).amin(-1)      # (B,)
@@ -274,7 +290,7 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
 
 
 def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
-    """transition_logprob of recorded steps under a policy, in any order and any batch
+    """transition_logprob of recorded steps under a policy; pairs (b, t) may come in any order
 
     prompt_ids (B, L_text), pictures b (M,) long, their steps t (M,) long -> (M,)
     """
@@ -291,22 +307,21 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
 #    that does not depend on the picture leaves the expected gradient as it is, because grad log p
 #    has mean 0 (for `ar` and p1, section 2). The group's mean is nearly such a number. It estimates
 #    how hard the caption is, so no value network is needed. It does contain the picture's own
-#    reward: r - mean = (1 - 1/G) (r - mean of the others), which makes all gradients a little
-#    smaller, by 5/6 in groups of six. All T steps share the picture's advantage.
+#    reward: r - mean = (1 - 1/G) (r - mean of the others). This only scales all gradients, by the
+#    factor 5/6 in groups of six. All T steps share the picture's advantage.
 
 
 def group_std(rewards):
-    """The std within each group (with G - 1): (P, G) -> (P,)"""
+    """The std within each group (dividing by G - 1): (P, G) -> (P,)"""
     return (rewards - rewards[:, :1]).std(1)    # shifted, so that equal rewards give exactly 0
 
 
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
 
-    Divided by the std, the advantages of all groups are of one size, so a caption counts about
-    1 / std, and tiny differences count as much as large ones. Dr. GRPO (arXiv 2503.20783) does not
-    divide. Then the gradients of the captions' mean rewards count equally. eps keeps rounding
-    errors small.
+    Without the division (Dr. GRPO, arXiv 2503.20783) the gradients of the captions' mean rewards
+    count equally. With it, that of a caption is weighted by about 1 / std, and tiny differences
+    count as much as large ones. eps keeps a std of the size of rounding errors from doing so.
     rewards (P, G) -> (P, G)
     """
     shifted = rewards - rewards[:, :1]          # (P, G) exactly 0 if all rewards are equal
@@ -319,11 +334,12 @@ def group_advantage(rewards, divide_by_std=True, eps=1e-4):
 class SampleFilter:
     """Finds vanishing groups, those without a usable signal (section 3.3 of the paper)
 
-    A group vanishes if the std of its rewards is 0, or below this quantile of the last `window`
-    stds. Until `at_least` stds have been recorded, and at quantile 0, every group is kept. A group
-    of equal rewards is then harmless, because its advantages are 0. To replace it only rescales the
-    expected gradient. To replace groups of a small std above 0 also prefers captions whose rewards
-    vary. If more than this share of the recorded stds is 0, the quantile is 0, too.
+    A group vanishes if the std of its rewards is 0, or below a threshold: the `quantile` of the
+    last `window` stds. Until `at_least` stds have been recorded (two updates by default), and if
+    `quantile` is 0, every group is kept. A group of equal rewards does no harm then, because its
+    advantages are 0; replacing it only rescales the expected gradient. Replacing groups of a small
+    std above 0 also favours captions whose rewards vary. If more than this share of the recorded
+    stds is 0, so is the threshold, and only groups of equal rewards vanish.
     """
 
     def __init__(self, quantile, at_least=32, window=512):
@@ -342,16 +358,18 @@ class SampleFilter:
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The loss. There is one ratio and one clip per step, as in PPO. With one inner epoch the ratio
-#    is always 1, and the loss (without a KL) is minus the mean advantage, 0 by construction. But
-#    logp_old is a constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
+# 4. The loss. There is one ratio and one clip per step, as in PPO. An inner epoch is one pass over
+#    the sampled pictures, with one optimizer step. If an update has one, the ratio is always 1, and
+#    the loss (without a KL) is minus the mean advantage, 0 by construction. But logp_old is a
+#    constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
 
-# An inner sum without any losing code counts as FLOOR + log K. Two of them in logp_old, and none
-# in logp, could give a ratio near exp(120), which is inf in float32. Beyond this limit the gradient
-# is 0, even for A < 0, where the ratio should be pushed down.
+# A position of R at which no code would lose counts as FLOOR + log K, about -56 here. With p1 this
+# happens in a later inner epoch, and with p1_literal at once. Two such positions in logp_old alone
+# would give a ratio near exp(112), inf in float32. Beyond this limit the gradient is 0, even for
+# A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
-# The same for the KL, where exp(20) would drown every other gradient. In a second inner epoch steps
-# can become almost impossible; each then costs at most exp(5) - 6 = 142.
+# The same for the KL, where exp(20) would drown every other gradient. In a later inner epoch, a
+# step can have a probability near 0. It then costs exp(5) - 6 = 142, and has no gradient.
 MAX_KL_LOG_RATIO = 5.0
 
 
@@ -373,8 +391,9 @@ def kl_k3(logp, logp_ref):
     """Schulman's k3 estimate of KL(p || p_ref): r - 1 - log r with r = p_ref / p. It is never < 0
 
     For p2 and p1_literal, which are not sampling probabilities, it is only a penalty. Because the
-    samples are held fixed, its expected gradient is that of the other direction, KL(p_ref || p), as
-    long as p allows all steps that p_ref does. At fixed noise it may not; then the floor stands in.
+    samples are held fixed, its expected gradient is -E_ref[grad log p], that of the other
+    direction, KL(p_ref || p). This needs p > 0 wherever p_ref > 0, which p1 at fixed noise does not
+    guarantee.
     logp, logp_ref (M,) -> (M,)
     """
     log_ratio = (logp_ref - logp).clamp(max=MAX_KL_LOG_RATIO)               # (M,)
@@ -385,9 +404,9 @@ def kl_k3(logp, logp_ref):
 # 5. One update. It samples P * G pictures or more, by T forward passes each. Then it runs a forward
 #    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
 #    Training uses no guidance. With it, a guided policy would sample, but the plain one would be
-#    trained. (Issue 198 of the repository flow_grpo reports the same choice as best, together with
-#    a KL: without one, the policy absorbs what guidance adds, and guidance in evaluation is then
-#    too strong.)
+#    trained. Issue 198 of the repository flow_grpo reports this choice as the best, with a KL.
+#    Without a KL, it says, the policy absorbs what guidance adds, and guidance in evaluation
+#    becomes too strong. The paper's settings have no KL (assets/show-o.md).
 
 
 class Groups(typing.NamedTuple):
@@ -475,12 +494,12 @@ def choose_steps(B, T, config, generator):
 
 @torch.enable_grad()
 def learn(policy, reference, optimizer, groups, advantage, config, generator):
-    """The gradient of the loss, clipped, in .grad -> means over all pairs for the log
+    """All inner epochs of an update but for the last optimizer step, which is left to the caller
 
-    An optimizer step separates inner epochs; that after the last is left to the caller. Each epoch
-    recomputes the logits, log p, the threshold, the ratio and the clip. All epochs share the pairs
-    of picture and step, the states, the noise, the draws, logp_old and A.
-    FloatingPointError, before the step, if the loss or its gradient is not finite. advantage (B,)
+    It leaves the clipped gradient of the last epoch in .grad, and returns that epoch's means for
+    the log. Each epoch recomputes the logits, log p, the threshold, the ratio and the clip. All
+    epochs share the pairs of picture and step, the states, the noise, the draws, logp_old and A.
+    FloatingPointError if the loss or its gradient is not finite. advantage (B,) -> dict
     """
     trajectory = groups.trajectory
     prompt_ids = policy.encode(groups.prompts)                              # (B, L_text)
@@ -525,7 +544,9 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
 
 # --------------------------------------------------------------------------------------------------
 # 6. The training loop. It knows what has been done, what is due, and how to do one update. Whatever
-#    ends it, Ctrl-C or a bug in a reward, the state after the last whole update is saved.
+#    ends it, Ctrl-C or a bug in a reward, the state after the last whole update is saved. A resumed
+#    run samples the interrupted update again, with the same captions and noise, and so equals a run
+#    that never stopped. (With several inner epochs it does not: the steps between them stay done.)
 
 
 def train(config: "Config"):
@@ -555,12 +576,12 @@ def train(config: "Config"):
     optimizer = make_optimizer(policy, config)
     generator = torch.Generator(device).manual_seed(config.seed)
     sample_filter = SampleFilter(config.filter_quantile)
-    state = {"rows": [], "draws": generator.get_state(), "filter": [],
-             "base": None, "latest": {"update": None}}          # what evaluate returned
+    state = {"rows": [], "generator": generator.get_state(), "filter": [],
+             "base": None, "latest": {"update": None}}          # the first and last evaluation
     if config.resume:
         state = load_checkpoint(checkpoint, splits, policy, optimizer)
         with blame(f"--device {device}: the run was on a device of another kind"):
-            generator.set_state(state["draws"])
+            generator.set_state(state["generator"])
         sample_filter.history.extend(state["filter"])
     rows = state["rows"]
     process = os.getpid()
@@ -597,12 +618,12 @@ def train(config: "Config"):
             row = {"update": done + 1, **summary(groups), **means, "lr": lr,
                    "seconds": time.time() - start, "heldout": ""}
 
-            # the weights and the record of them change together: a stop comes before or after
+            # the weights and what is known of them change together: a stop comes before or after
             with uninterrupted():
                 optimizer.step()                # nothing moves if every group vanished
                 optimizer.zero_grad(set_to_none=True)
                 rows.append(row)
-                state["draws"] = generator.get_state()
+                state["generator"] = generator.get_state()
                 state["filter"] = list(sample_filter.history)
             print_update(rows, config)
     except BaseException:
@@ -633,7 +654,7 @@ class Config:
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
     reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
-    measure: str = ""               # the reward in evaluations; "": correct for shapes, else same
+    measure: str = ""               # evaluate another reward; "": --reward, or correct for shapes
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings
     generate: str = ""              # do not train; sample 4 pictures per caption in this file
@@ -700,7 +721,7 @@ class Config:
 CHOICES = {"transition": TRANSITIONS, "optimizer": ("adamw", "adafactor"),
            "reduction": ("random", "first", "last")}
 LEAST = {"seed": 0, "pretrain_steps": 0, "score_steps": 0, "filter_tries": 0, "warmup": 0,
-         "group_size": 2}           # of the other integers 1, of floats 0
+         "group_size": 2}           # the smallest value; for other integers 1, for floats 0
 KINDS = {bool: (bool, "true or false"), int: (numbers.Integral, "a whole number"),
          float: (numbers.Real, "a number"), str: ((str, os.PathLike), "text")}
 MAY_CHANGE = {"updates", "device", "out", "resume", "rollout_batch", "micro_batch", "checkpointing",
@@ -735,8 +756,9 @@ def checked(field, value):
 # 8. The policy is Show-o (Xie et al., 2024) or a small model like it. It is a Phi language model
 #    whose vocabulary also holds image codes, so that text and picture are one sequence. The decoder
 #    from codes to pixels is frozen. A policy of your own comes from a function (config, device). It
-#    is an nn.Module with num_tokens N, codebook_size K, device, and with encode, forward and decode
-#    as below; its logits must have the property of section 1.
+#    is an nn.Module with float32 parameters, num_tokens N, codebook_size K, device, and with
+#    encode, forward and decode as below. encode gets "" only with guidance. The logits of a picture
+#    must not depend on the rest of the batch, on padding, or on chance (section 1).
 
 NUM_SPECIAL = 10    # ids between text and codes: pad, start and end of image (soi, eoi), tasks, ...
 
@@ -781,8 +803,9 @@ class Policy(nn.Module):
             if len(row) > self.max_text + 1:        # cut, but with its last bos, as in Show-o
                 row = row[:self.max_text] + [self.bos_id]
             rows.append(row)
-        longest = max(len(row) for row in rows)     # Show-o pads to 129; pads are masked, and
-        rows = [[self.pad_id] * (longest - len(row)) + row for row in rows]     # RoPE is relative
+        # Show-o pads to 129. Pads are masked and RoPE is relative, so fewer give the same logits.
+        longest = max(len(row) for row in rows)
+        rows = [[self.pad_id] * (longest - len(row)) + row for row in rows]
         return torch.tensor(rows, device=self.device)
 
     def attention_mask(self, prompt_ids):
@@ -796,7 +819,7 @@ class Policy(nn.Module):
         causal = position[:, None] >= position                                  # (L, L)
         real = F.pad(prompt_ids != self.pad_id, (0, after), value=True)         # (B, L)
         allowed = real[:, None, :] & (causal | in_picture)                      # (B, L, L)
-        allowed |= causal & ~real[:, :, None]   # pads see pads: an empty row may give NaN
+        allowed |= causal & ~real[:, :, None]   # pads see earlier pads: an empty row may give NaN
         return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
     def forward(self, prompt_ids, tokens):
@@ -857,7 +880,7 @@ class PlacedEmbedding(nn.Embedding):
 def shapes_policy(config) -> Policy:
     """A Policy with random weights. Its text tokens are the phrases of the shapes world."""
     phi = PhiConfig(
-        vocab_size=1 + len(reward.PHRASES) + NUM_SPECIAL + reward.CODEBOOK_SIZE + 1,
+        vocab_size=1 + len(reward.PHRASES) + NUM_SPECIAL + reward.CODEBOOK_SIZE + 1,    # id 0: bos
         hidden_size=config.width, intermediate_size=config.width, hidden_act="relu",
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
@@ -870,7 +893,7 @@ def shapes_policy(config) -> Policy:
             raise InputError(f"{caption!r} is not in the shapes world; use --model")
         return [1 + reward.PHRASES.index(phrase) for phrase in reward.phrases(caption)]
 
-    def paint(codes):                       # p x p pixels per tile; + 0.5 because decode truncates
+    def paint(codes):                       # p = reward.TILE; + 0.5 because decode truncates
         tiles = (reward.TILES.to(codes.device)[codes] + 0.5) / 127.5 - 1    # (B, h, w, p, p, 3)
         tiles = tiles.movedim(-1, 3).flatten(3).movedim(-1, 1)              # (B, 3 * p * p, h, w)
         return F.pixel_shuffle(tiles, reward.TILE)                          # (B, 3, h * p, w * p)
@@ -929,10 +952,10 @@ def load_base(policy, config, folder):
 # --------------------------------------------------------------------------------------------------
 # 10. Show-o as a policy: the published weights in the class of section 8, and MAGVIT-v2's decoder.
 
-# Defaults for Show-o, 512 x 512: the paper's learning rate, the released code's T, reward and
-# guidance, and a warm-up inferred from it. w = 5 is 6 in the other convention, uncond + w (cond -
-# uncond). 625 updates draw 10,000 captions, the size of the paper's file. Prompts are not
-# rewritten.
+# Defaults for Show-o, 512 x 512: the paper's learning rate; the released code's T, temperature,
+# reward and guidance; a warm-up of 62, inferred from the code's 1,000 steps on 16 processes.
+# w = 5 is 6 in the other convention, uncond + w (cond - uncond). 625 updates draw 10,000 captions,
+# the size of the paper's file.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, temperature=1.0, guidance=5.0, updates=625,
              lr=3e-6, warmup=62, rollout_batch=24, micro_batch=8, checkpointing=True,
              eval_every=10, eval_pictures=64)
@@ -1063,9 +1086,11 @@ def make_policy(config, device):
     if config.checkpointing and isinstance(policy, Policy):
         policy.showo.train()                    # else transformers ignores it; all dropouts are 0
         policy.showo.gradient_checkpointing_enable()
-    most = policy.num_tokens
-    if max(config.steps, config.eval_steps) > most:
-        raise InputError(f"--steps, --eval-steps: at most {most}, one per token")
+    longest = config.eval_steps
+    if not config.generate:
+        longest = max(longest, config.steps)
+    if longest > policy.num_tokens:
+        raise InputError(f"--steps, --eval-steps: at most {policy.num_tokens}, one per token")
     return policy
 
 
@@ -1134,14 +1159,16 @@ def balanced(captions):
 
 
 def open_device(config):
-    """The device of --device, which is printed: who has a GPU should see if it is not used"""
+    """The device of --device, which is printed, so that one sees whether a GPU is used"""
     with blame(f"--device {config.device}"):
         device = torch.device(config.device)
         torch.zeros(1, device=device)
-    name = f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    print(f"device {device}, {name}", flush=True)
+    line = f"device {device}"
+    if device.type == "cpu":
+        line += f", {torch.get_num_threads()} threads"
+    elif device.type == "cuda":
+        line += f", {torch.cuda.get_device_name(device)}"
+    print(line, flush=True)
     return device
 
 
@@ -1154,7 +1181,7 @@ def make_optimizer(policy, config):
     groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
     if config.optimizer == "adafactor":
-        # with this eps, steps do not scale with the weights, while their RMS is at most 1
+        # with this eps, a step does not scale with the weight, as long as its RMS is at most 1
         optimizer = torch.optim.Adafactor(groups, lr=0.0, eps=(None, 1.0), foreach=False)
     else:
         fused = torch.device(policy.device).type != "cpu"
@@ -1202,9 +1229,9 @@ def try_out(policy, reward_fn, measure, splits, config):
         raise InputError("--model: two passes over one input differ; is dropout on?")
 
     torch.set_grad_enabled(True)                # a module of the user's may have switched it off
-    path = rollout(policy, ids, 1)
+    trajectory = rollout(policy, ids, 1)
     first = torch.zeros(1, dtype=torch.long, device=ids.device)                 # picture 0, step 0
-    logp = replay_logprob(policy, ids, path, first, first, config.transition)   # (1,)
+    logp = replay_logprob(policy, ids, trajectory, first, first, config.transition)     # (1,)
     if logp.requires_grad:
         logp.sum().backward()
     reached = [p for p in policy.parameters() if p.grad is not None]
@@ -1259,8 +1286,8 @@ def summary(groups):
     error = ""                                  # a single group has none
     if len(means) > 1:
         error = means.std().item() / len(means) ** 0.5
-    live = [len(set(rewards)) > 1 for rewards in groups.rewards.tolist()]
-    return {"reward": groups.all_rewards.mean().item(), "reward_se": error, "live": sum(live),
+    differ = [len(set(rewards)) > 1 for rewards in groups.rewards.tolist()]
+    return {"reward": groups.all_rewards.mean().item(), "reward_se": error, "live": sum(differ),
             "sampled": len(means)}
 
 
@@ -1357,7 +1384,7 @@ if hasattr(signal, "SIGHUP"):                   # and a lost terminal, which Win
 
 @contextlib.contextmanager
 def handling(stops, handler):
-    """Inside, these signals go to a handler, but for those that are ignored, as under nohup"""
+    """Inside, these signals go to a handler, except those that are ignored, as under nohup"""
     usual = {}
     if threading.current_thread() is threading.main_thread():       # others may not set handlers
         for number in stops:
@@ -1395,7 +1422,7 @@ def stops_interrupt():
         signal.signal(number, usual[number])    # in a worker that a reward has forked
         signal.raise_signal(number)
 
-    with handling(STOPS[1:], interrupt) as usual:
+    with handling(STOPS[1:], interrupt) as usual:       # SIGINT does so anyway
         yield
 
 
@@ -1493,12 +1520,12 @@ def help_text():
             "its checkpoint. Weights from a checkpoint bring the settings OF_WEIGHTS.")
 
 
-# what a model needs to be itself, taken from a checkpoint that is given as --weights
+# what a checkpoint that is given as --weights was trained and evaluated with
 OF_WEIGHTS = ("width", "layers", "temperature", "eval_steps", "guidance")
 
 
 def default_settings(given):
-    """Defaults for a command line, where they are not those of Config -> dict"""
+    """Defaults that replace Config's for this command line -> dict"""
     if given.get("resume") and not given.get("generate"):
         checkpoint = pathlib.Path(given.get("out", Config.out)).expanduser() / "checkpoint.pt"
         return read_checkpoint(checkpoint, mmap=True)["config"]
@@ -1536,6 +1563,7 @@ def main(argv=None):
     sys.path.insert(0, os.getcwd())             # where a MODULE:FUNCTION of your own may be
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # captions need not be ASCII
+    config = None
     try:
         config = parse(argv)
         with stops_interrupt():
@@ -1546,8 +1574,10 @@ def main(argv=None):
     except InputError as error:
         sys.exit(f"mask_grpo.py: {error}")
     except KeyboardInterrupt:
-        command = shlex.join(["python", *sys.argv])
-        sys.exit(f"mask_grpo.py: stopped; to continue: {command} --resume")
+        line = "mask_grpo.py: stopped"
+        if config and (config.generate or pathlib.Path(config.out, "checkpoint.pt").exists()):
+            line += f"; to continue: {shlex.join(['python', *sys.argv, '--resume'])}"
+        sys.exit(line)
 
 
 if __name__ == "__main__":

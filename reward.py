@@ -41,8 +41,8 @@ LATTICE = 3                                         # cells per side
 TILE = 8                                            # pixels per side of a tile
 CELL = 2 * TILE                                     # pixels per side of a cell
 GRID = 2 * LATTICE                                  # tokens per side
-EMPTY = -1                                          # what else a cell can hold: nothing,
-BROKEN = -2                                         # or what is no object
+EMPTY = -1                                          # a cell that holds nothing,
+BROKEN = -2                                         # or something that is no object
 
 
 def draw_object(shape, color):
@@ -76,7 +76,7 @@ def draw_cells():
 
 
 def cut_tiles(cells):
-    """The codebook as pixels: the background, then the tiles of each object -> uint8 (K, p, p, 3)"""
+    """The codebook as pixels: background, then the tiles of each object -> uint8 (K, p, p, 3)"""
     tiles = [cells[-1, :TILE, :TILE]]
     for cell in cells[:-1]:
         for y in (0, TILE):
@@ -95,7 +95,7 @@ CODEBOOK_SIZE = len(TILES)
 #    star") are in the same split, so the held-out ones are not mere rewordings of the others.
 
 NUMBERS = {"two": 2, "three": 3}
-# where the second object is, seen from the first: (rows down, columns to the right)
+# of the first object to the second: (rows down, columns right) from the first to the second
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 # the categories and their shares in pretraining: more of what the base learns most slowly
 CATEGORIES = {"single": 1, "two": 2, "counting": 2, "color": 1, "position": 6, "attribution": 3}
@@ -107,7 +107,7 @@ class Caption(typing.NamedTuple):
     category: str                   # one of CATEGORIES
     meaning: str                    # the same for captions that ask for the same pictures
     wanted: list                    # the objects: (count, colour or None, shape), ...
-    relation: tuple | None = None   # of the first object to the second, a value of RELATIONS
+    relation: tuple | None = None   # a value of RELATIONS
 
 
 def all_captions():
@@ -118,9 +118,10 @@ def all_captions():
         pair = [(1, None, a), (1, None, b)]
         yield Caption(f"a {a} and a {b}", "two", str(sorted([a, b])), pair)
         for word, (rows, columns) in RELATIONS.items():
-            meaning = f"{a} {abs(rows)} {b}"        # seen from the left, or from the top
+            axis = "over" if columns == 0 else "beside"
+            meaning = f"{a} {axis} {b}"             # seen from the top, or from the left
             if rows + columns < 0:
-                meaning = f"{b} {abs(rows)} {a}"
+                meaning = f"{b} {axis} {a}"
             yield Caption(f"a {a} {word} a {b}", "position", meaning, pair, (rows, columns))
         for c, d in itertools.product(COLORS, repeat=2):
             yield Caption(f"a {c} {a} and a {d} {b}", "attribution", str(sorted([c + a, d + b])),
@@ -164,7 +165,7 @@ PHRASES = all_phrases()
 def captions(heldout):
     """The training captions, or the held-out ones: category -> list[str]
 
-    Every fifth meaning of a category is held out. All its text tokens occur in training captions.
+    Every fifth meaning of a category is held out. Its text tokens all occur in training captions.
     """
     chosen = {}
     for category in CATEGORIES:
@@ -228,12 +229,12 @@ def draw_pairs(n, rng: random.Random):
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9)
 
-    Every pixel of the cell must be within the tolerance of a single entry of CELLS. A tile in the
-    wrong place never passes.
+    All pixels of the cell must be within the tolerance of one and the same entry of CELLS. A tile
+    in the wrong place never passes.
     """
     arrays = [np.array(image.convert("RGB")) for image in images]
     pixels = torch.from_numpy(np.stack(arrays)).short()                     # (B, 48, 48, 3)
-    pixels = pixels.reshape(-1, LATTICE, CELL, LATTICE, CELL, 3).transpose(2, 3)
+    pixels = pixels.reshape(-1, LATTICE, CELL, LATTICE, CELL, 3).transpose(2, 3)    # cells first
     cells = pixels.reshape(len(images), LATTICE ** 2, 1, -1)                # (B, 9, 1, 768)
     known = CELLS.short().flatten(1)                                        # (13, 768)
     furthest = (cells - known).abs().amax(-1)                               # (B, 9, 13)
@@ -301,7 +302,7 @@ def cosine(embed, scale, batch=32):
 
 def clip(device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
     """Any CLIP of open_clip. pretrained: a tag or a file. scale: None is the model's own"""
-    import open_clip                                # slow, so only here
+    import open_clip  # slow, so only here
     net, preprocess = open_clip.create_model_from_pretrained(model, pretrained, device=device)
     net.eval()
     tokenize = open_clip.get_tokenizer(model)       # cuts texts at 77 tokens
@@ -398,7 +399,7 @@ def load_reward(spec, device="cpu"):
         arguments = [rest, None]                    # the model's name says where its weights are
     elif rest:
         arguments = rest.split(":", 1)
-    names = ", ".join([*REWARDS, *MODELS])
+    names = ", ".join([*REWARDS, *MODELS])          # for a name that is none of them
     with blame(f"reward {spec} (choices: {names}, or MODULE:FUNCTION of your own)"):
         return MODELS[name](device, *arguments)
 

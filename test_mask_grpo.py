@@ -346,14 +346,19 @@ def test_rao_blackwell_in_the_example():
 
 
 def test_grad_log_p_has_mean_0_for_p1_and_not_for_p2():
-    """Over the next states of the example without noise; p2's is .7 * (.3, -.3) on the left."""
+    """Over the next states of the example without noise; p2's is .7 * (.3, -.3) on the left. With
+    the rewards of the text and their mean as the baseline, p2 gives .05 there, and p1 .17."""
     states = next_states(EXAMPLE[0], 1)
     logits = EXAMPLE.clone().requires_grad_()
     chances = torch.tensor(list(states.values()))
-    for name, expected in (("p1", [0, 0]), ("p2", [.21, -.21])):
+    rewards = torch.tensor([{(A, MASK): 1, (MASK, A): .3, (MASK, B): 0}[state] for state in states])
+    centred = rewards - (chances * rewards).sum()
+    for name, mean, learned in (("p1", [0, 0], .172), ("p2", [.21, -.21], .052)):
         logp = log_probability(logits, list(states), name)
-        gradient, = torch.autograd.grad((chances * logp).sum(), logits)
-        assert gradient[0, 0].tolist() == pytest.approx(expected, abs=1e-6)
+        gradient, = torch.autograd.grad((chances * logp).sum(), logits, retain_graph=True)
+        assert gradient[0, 0].tolist() == pytest.approx(mean, abs=1e-6)
+        gradient, = torch.autograd.grad((chances * centred * logp).sum(), logits)
+        assert gradient[0, 0, A].item() == pytest.approx(learned, abs=1e-3)
 
 
 @pytest.mark.parametrize("scale, expected, given_the_noise", [
@@ -919,7 +924,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys, monkeypatch):
     assert out.isascii()
     lines = out.splitlines()
     assert max(len(line) for line in lines) <= 100
-    assert lines[0] == "device cpu, 1 CPU threads"
+    assert lines[0] == "device cpu, 1 threads"
     assert lines[1] == f"{len(EVERY_CAPTION)} captions, such as {R.captions(False)['single'][0]!r}"
     starts = [re.split(r" \|| \.", line)[0] for line in lines[2:]]
     base = ["base training", "base held-out"]
@@ -1173,12 +1178,23 @@ def check_equal(checkpoint, rows, whole):
     for one, two in zip(checkpoint["optimizer"].values(), expected["optimizer"].values(),
                         strict=True):
         assert same(one.values(), two.values())
-    assert torch.equal(checkpoint["state"]["draws"], expected["state"]["draws"])
+    assert torch.equal(checkpoint["state"]["generator"], expected["state"]["generator"])
     assert checkpoint["state"]["filter"] == expected["state"]["filter"]
     assert timeless(checkpoint["state"]["rows"]) == timeless(expected["state"]["rows"])
     assert timeless(rows) == timeless(expected_rows)
     for name in ("base", "latest"):
         assert torch.equal(checkpoint["state"][name]["scores"], expected["state"][name]["scores"])
+
+
+@pytest.fixture
+def stoppable():
+    """Signals as in a terminal, whatever the tests were started with, such as nohup"""
+    usual = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        usual[number] = signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
 
 
 # where a stop comes: a function, its call in that run, and the updates that were done
@@ -1193,7 +1209,7 @@ PLACES = {
 @pytest.mark.parametrize("place, number", [
     *((place, signal.SIGINT) for place in PLACES),
     ("sampling", signal.SIGTERM), ("sampling", signal.SIGHUP)])
-def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, number, tmp_path,
+def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, number, stoppable,
                                                                      monkeypatch, whole):
     """The log got a row later than the checkpoint, as if killed. In the middle of a step, a stop
     waits until the step has a row."""
@@ -1225,7 +1241,7 @@ def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, numb
                                          "metrics.csv", "samples"]
 
 
-def test_a_second_stop_waits_for_the_save_of_the_first(tmp_path, monkeypatch, whole):
+def test_a_second_stop_waits_for_the_save_of_the_first(stoppable, monkeypatch, whole):
     """Ctrl-C in update 3, and again while its state is written."""
     save = torch.save
 
@@ -1249,14 +1265,20 @@ def test_a_second_stop_waits_for_the_save_of_the_first(tmp_path, monkeypatch, wh
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked")
-def test_workers_of_a_reward_are_ended_as_usual_and_save_nothing(monkeypatch, capfd):
+def test_workers_of_a_reward_are_ended_as_usual_and_save_nothing(stoppable, monkeypatch, capfd):
     """Process.terminate() ends one. Another exits by itself, and writes no checkpoint."""
     process = os.getpid()
     statuses = []
+    started = multiprocessing.get_context("fork").Event()
+
+    def work():
+        started.set()
+        time.sleep(60)
 
     def fork():
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+        worker = multiprocessing.get_context("fork").Process(target=work)
         worker.start()
+        started.wait(10)
         worker.terminate()
         worker.join(10)
         statuses.append(worker.exitcode)
@@ -1278,22 +1300,19 @@ def test_workers_of_a_reward_are_ended_as_usual_and_save_nothing(monkeypatch, ca
     assert "stopped" not in capfd.readouterr().err
 
 
-def test_signals_are_left_as_they_were(tmp_path, monkeypatch):
+def test_signals_are_left_as_they_were(stoppable, monkeypatch):
     """Handlers are put back, and what is ignored, as SIGHUP is under nohup, stays ignored."""
-    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        before = [signal.getsignal(number) for number in M.STOPS]
-        seen = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in M.STOPS]
+    seen = []
 
-        def look():
-            seen.append(signal.getsignal(signal.SIGHUP))
+    def look():
+        seen.append(signal.getsignal(signal.SIGHUP))
 
-        monkeypatch.setitem(R.REWARDS, "red", red_but(look, BEFORE))
-        M.main(flags(out="out", reward="red"))
-        assert seen == [signal.SIG_IGN]
-        assert [signal.getsignal(number) for number in M.STOPS] == before
-    finally:
-        signal.signal(signal.SIGHUP, usual)
+    monkeypatch.setitem(R.REWARDS, "red", red_but(look, BEFORE))
+    M.main(flags(out="out", reward="red"))
+    assert seen == [signal.SIG_IGN]
+    assert [signal.getsignal(number) for number in M.STOPS] == before
 
 
 def test_a_run_in_a_thread_and_without_stdout(tmp_path, monkeypatch):
@@ -1651,7 +1670,7 @@ def test_each_part_of_a_run_depends_on_the_seed(tmp_path, monkeypatch):
         parts["masks"] = torch.cat([arguments[1] == 49 for arguments, _ in passes])
         checkpoint, rows = run(tmp_path / str(seed), reward="red", seed=seed,
                                weights=tmp_path / "base.pt")
-        parts["draws"] = checkpoint["state"]["draws"]
+        parts["draws"] = checkpoint["state"]["generator"]
         parts["reward"] = rows[0]["reward"]
         parts["evaluation"] = checkpoint["state"]["base"]["pictures"]
         found.append(parts)
@@ -2399,7 +2418,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(damage, finished, tmp_p
     if damage == "older":
         checkpoint["config"] = {"length_normalize": True}
     if damage == "device":
-        checkpoint["state"]["draws"] = torch.zeros(16).byte()
+        checkpoint["state"]["generator"] = torch.zeros(16).byte()
     if damage == "code":
         checkpoint = Code()
     torch.save(checkpoint, path)
