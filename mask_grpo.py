@@ -167,7 +167,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
         if token_logp.isnan().any():
-            raise FloatingPointError(f"step {t}: the policy's logits are not finite")
+            raise FloatingPointError(f"step {t}: logits are not finite; was --lr too large?")
 
         # add the ranking noise, also Gumbel, which varies the order of revealing
         temperature_left *= 1 - (t + 1) / steps
