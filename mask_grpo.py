@@ -33,14 +33,15 @@ the revealed tokens only. One update:
      penalty against the base, the model before this training, Eq. 10. (section 4)
 
 With one optimizer step per update, and without the filter, the division by the std and the KL, this
-is REINFORCE with the group's mean as its baseline. The ranking is taken as given; section 2 says
-what that leaves out. The main deviation from the paper is the noise: `p1` is Eq. 14 with the
-sampler's noise, and `p1_literal` is Eq. 14 as printed. README.md lists the deviations.
+is REINFORCE with the group's mean as its baseline, in which the order of revealing gets no gradient
+of its own (section 2). The main deviation from the paper is the noise: `p1` is Eq. 14 with the
+sampler's noise, and a fourth definition, `p1_literal`, is Eq. 14 as printed. README.md lists the
+deviations.
 
 Dims: B = P * G pictures of P prompts (captions), b of them in a batch, N image tokens, K codes, T
-steps, L length of the sequence (L_text for its text), D hidden size, M (picture, step) pairs, m of
-them in a micro-batch. A picture has h x w tokens or H x W pixels. The code counts steps from 0.
-`python mask_grpo.py -h` explains every setting.
+steps, L length of the sequence (L_text for its text, L_null for the empty prompt), D hidden size,
+M (picture, step) pairs, m of them in a micro-batch. A picture has h x w tokens or H x W pixels. The
+code counts steps from 0. `python mask_grpo.py -h` explains every setting.
 """
 import argparse
 import contextlib
@@ -101,8 +102,8 @@ def mask_schedule(T: int, N: int) -> list[int]:
     """Tokens still masked after each of T steps: floor(N cos(pi (t + 1) / (2 T))), 0 at the end
 
     mask_schedule(4, 16) = [14, 11, 6, 0]. Each step reveals at least one token, so T > N is
-    refused. In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, which can lower the
-    floor by 1.
+    refused. In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, which lowers the floor by
+    1 at two thirds of the steps if N is even.
     """
     assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, since each reveals at least one token"
     schedule = []
@@ -189,9 +190,9 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 # 2. The probability of a step. Step t reveals the positions U and masks the positions R again,
 #    although a code was drawn there, too. The noise does not depend on the weights, so it counts as
 #    part of the environment. It is recorded, and the probability is the one *given the noise*.
-#    With fresh noise, or with none, p1 would be the probability of this next state under another
-#    ranking. It would be another number (below: .70 instead of .28), and 0 where every code at a
-#    position of R would outrank U. The probability of a step is a product over positions:
+#    With other noise, p1 would be another number (without any: .70 instead of .28 in the example
+#    below), and 0 where every code at a position of R would outrank U. The probability of a step is
+#    a product over positions, i in U and j in R:
 #
 #        formula      factor for U  factor for R                           the probability of
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw         the action      (Eq. 13)
@@ -222,33 +223,36 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a]. Each
 #    pair of draws counts twice, once for its left code and once for its right one.
 #
-#    `ar` and p1 have the same gradient on average (Rao-Blackwell), at fixed noise and at ratio 1.
-#    Take the next state [a, MASK] without noise. Whatever is drawn on the right loses, so log p1
-#    has gradient 0 in the right logits. If a was drawn there, which has probability .6, log ar has
-#    the gradient (.4, -.4) in them, and if b was, (-.6, .6): the mean is 0, too. So `ar` moves
-#    discarded codes up or down by chance. That adds variance to the gradient, and no bias.
+#    For a given next state, the mean of grad log ar over the draws that lead to it is grad log p1
+#    (Rao-Blackwell; at fixed noise and at ratio 1). Take [a, MASK] without noise. Whatever is drawn
+#    on the right loses, so log p1 has gradient 0 in the right logits. If a was drawn there, which
+#    has probability .6, log ar has the gradient (.4, -.4) in them, and if b was, (-.6, .6): the
+#    mean is 0, too. The reward depends on the next state, not on what was discarded. So `ar` moves
+#    discarded codes up or down by chance, which adds variance to the gradient, and no bias.
 #
-#    Averaged over the next states of a step, the gradients of log ar and log p1 are 0, because
+#    Averaged over all that can happen in a step, the gradients of log ar and log p1 are 0, because
 #    their probabilities sum to 1. The gradient of log p2 is not. Without noise, [a, MASK] gives
 #    .7 * (.3, -.3) to the left logits, and the next states that reveal the right give nothing.
-#    Subtracting the group's mean (section 3) removes this part. What remains is that p2 ignores R:
-#    if [a, MASK] is worth 1, [MASK, a] .3 and the rest 0, it gives .05 to the left logit of a,
-#    where p1 gives .17.
+#    Subtracting the group's mean (section 3) removes this part. What remains is that p2 ignores R.
+#    Let [a, MASK] be worth 1, [MASK, a] .3 and the rest 0, which is .754 on average. In the left
+#    logit of a, p2 gives .7 * .246 * .3 = .05. p1 adds what [MASK, a] and [MASK, b] say about the
+#    left, where they need a b: .18 * -.454 * -.7 + .12 * -.754 * -.7 = .12.
 #
 #    All definitions leave one thing out: the ranking depends on the weights, too. At fixed noise
 #    the winner changes abruptly, so the derivative is 0 almost everywhere. Averaged over the noise,
 #    the probability of a ranking is smooth and has a gradient. With the rewards above and Gumbel
 #    noise of scale .05, the expected reward has the gradient (.242, -.082) in the logits of a
-#    (left, right). p1, and `ar` on average, give (.168, .016), with the wrong sign on the right. At
-#    scale 1.83, that of the first of 12 steps, they are closer: (.138, .037) and (.110, .028). p1
-#    is used all the same. It is exact for what it claims, the probability of the next state given
-#    the noise. With the noise integrated out instead, an earlier version learned no better. And
+#    (left, right): a more confident a on the right is kept more often, and is worth only .3. p1,
+#    and `ar` on average, give (.168, .016), with the wrong sign on the right. At scale 1.83, that
+#    of the first of 12 steps, they are closer: (.138, .037) and (.110, .028). p1 is used all the
+#    same. It is exact for what it claims, the probability of the next state given the noise. With
+#    the noise integrated out instead, an earlier version learned no better (assets/study.md). And
 #    training can still change the order, because confidence *is* log p: tokens of good pictures
-#    rank higher as they become more probable, and p1's factor for R lowers codes that would
-#    outrank U.
+#    rank higher as they become more probable, and for A > 0 p1's factor for R lowers codes that
+#    would outrank U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # in place of log p of a code that would not lose, so that no sum is 0
+FLOOR = -60.0       # replaces log p of codes that would not lose, so that a sum of none has a log
 
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
@@ -298,8 +302,9 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
     revealed_at = trajectory.revealed_at[b]                                 # (M, N)
     state = tokens.masked_fill(revealed_at >= t[:, None], policy.codebook_size)     # (M, N)
     logits = policy(prompt_ids[b], state)                                   # (M, N, K)
-    return transition_logprob(logits, tokens, revealed_at, t, transition,
-                              trajectory.noise[b, t], trajectory.drawn[b, t])
+    noise = trajectory.noise[b, t]                                          # (M, N)
+    drawn = trajectory.drawn[b, t]                                          # (M, N)
+    return transition_logprob(logits, tokens, revealed_at, t, transition, noise, drawn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,9 +324,10 @@ def group_std(rewards):
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
 
-    Without the division (Dr. GRPO, arXiv 2503.20783) the gradients of the captions' mean rewards
-    count equally. With it, that of a caption is weighted by about 1 / std, and tiny differences
-    count as much as large ones. eps keeps a std of the size of rounding errors from doing so.
+    Without the division (Dr. GRPO, arXiv 2503.20783), the update follows the gradient of the
+    expected reward, averaged over captions. With it, the gradient of each caption is divided by
+    about its std, so that tiny differences in reward count as much as large ones. eps keeps a std
+    of the size of rounding errors from doing so.
     rewards (P, G) -> (P, G)
     """
     shifted = rewards - rewards[:, :1]          # (P, G) exactly 0 if all rewards are equal
@@ -332,14 +338,15 @@ def group_advantage(rewards, divide_by_std=True, eps=1e-4):
 
 
 class SampleFilter:
-    """Finds vanishing groups, those without a usable signal (section 3.3 of the paper)
+    """Says which groups to keep, those with a usable signal (section 3.3 of the paper)
 
     A group vanishes if the std of its rewards is 0, or below a threshold: the `quantile` of the
     last `window` stds. Until `at_least` stds have been recorded (two updates by default), and if
-    `quantile` is 0, every group is kept. A group of equal rewards does no harm then, because its
-    advantages are 0; replacing it only rescales the expected gradient. Replacing groups of a small
-    std above 0 also favours captions whose rewards vary. If more than this share of the recorded
-    stds is 0, so is the threshold, and only groups of equal rewards vanish.
+    `quantile` is 0, every group is kept. A kept group of equal rewards does no harm: its gradient
+    is 0. Replacing it divides the expected gradient by the share of the other groups, and leaves
+    its direction as it is. Replacing groups of a small std above 0 also favours captions whose
+    rewards vary. If more than a `quantile` of the recorded stds are 0, the threshold is 0, and only
+    groups of equal rewards vanish.
     """
 
     def __init__(self, quantile, at_least=32, window=512):
@@ -363,13 +370,15 @@ class SampleFilter:
 #    the loss (without a KL) is minus the mean advantage, 0 by construction. But logp_old is a
 #    constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
 
-# A position of R at which no code would lose counts as FLOOR + log K, about -56 here. With p1 this
-# happens in a later inner epoch, and with p1_literal at once. Two such positions in logp_old alone
-# would give a ratio near exp(112), inf in float32. Beyond this limit the gradient is 0, even for
-# A < 0, where the ratio should be pushed down.
+# A position of R at which no code would lose counts as FLOOR + log K, which is -56 for K = 49. When
+# the pictures are sampled, the drawn code itself loses, so with p1 this can happen only after the
+# weights have moved. p1_literal ignores the noise that made it lose. If logp_old has two such
+# positions and logp has none, the ratio is near exp(112), inf in float32. Beyond this limit the
+# gradient is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
 # The same for the KL, where exp(20) would drown every other gradient. In a later inner epoch, a
-# step can have a probability near 0. It then costs exp(5) - 6 = 142, and has no gradient.
+# step can have a probability near 0. It then costs exp(5) - 6 = 142, and has no gradient. The other
+# way round, if p_ref is near 0, the KL of a step may be 50, but its gradient is at most grad log p.
 MAX_KL_LOG_RATIO = 5.0
 
 
@@ -404,9 +413,10 @@ def kl_k3(logp, logp_ref):
 # 5. One update. It samples P * G pictures or more, by T forward passes each. Then it runs a forward
 #    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
 #    Training uses no guidance. With it, a guided policy would sample, but the plain one would be
-#    trained. Issue 198 of the repository flow_grpo reports this choice as the best, with a KL.
-#    Without a KL, it says, the policy absorbs what guidance adds, and guidance in evaluation
-#    becomes too strong. The paper's settings have no KL (assets/show-o.md).
+#    trained. Issue 198 of the repository flow_grpo recommends training without guidance, but with
+#    a KL. Without a KL, it reports, RL teaches the plain policy what guidance would add, and
+#    guidance on top of it in evaluation is too strong. The paper's settings, used for Show-o here,
+#    have no KL; if pictures become oversharp, evaluate with a smaller --guidance.
 
 
 class Groups(typing.NamedTuple):
@@ -453,7 +463,7 @@ def sample_groups(policy, reward_fn, captions, sample_filter, config, generator)
     all_rewards = []
     for _ in range(1 + config.filter_tries):
         chosen = torch.randint(len(captions), (missing,), generator=generator,
-                               device=generator.device)                     # (missing,)
+                               device=generator.device)         # (missing,) with replacement
         prompts = []
         for i in chosen.tolist():
             prompts += [captions[i]] * G
@@ -546,7 +556,8 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
 # 6. The training loop. It knows what has been done, what is due, and how to do one update. Whatever
 #    ends it, Ctrl-C or a bug in a reward, the state after the last whole update is saved. A resumed
 #    run samples the interrupted update again, with the same captions and noise, and so equals a run
-#    that never stopped. (With several inner epochs it does not: the steps between them stay done.)
+#    that never stopped. One exception is a stop between the inner epochs of an update: the
+#    optimizer steps made so far stay in the weights, and the update is sampled again from there.
 
 
 def train(config: "Config"):
@@ -819,7 +830,8 @@ class Policy(nn.Module):
         causal = position[:, None] >= position                                  # (L, L)
         real = F.pad(prompt_ids != self.pad_id, (0, after), value=True)         # (B, L)
         allowed = real[:, None, :] & (causal | in_picture)                      # (B, L, L)
-        allowed |= causal & ~real[:, :, None]   # pads see earlier pads: an empty row may give NaN
+        # pads see themselves and earlier pads, since a softmax over nothing may give NaN
+        allowed |= causal & ~real[:, :, None]
         return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
     def forward(self, prompt_ids, tokens):
@@ -885,7 +897,8 @@ def shapes_policy(config) -> Policy:
         num_hidden_layers=config.layers, num_attention_heads=config.width // 16, qk_layernorm=True,
         initializer_range=0.1,              # Phi's 0.02 suits a width of 2048, not of 64
         attn_implementation="eager",        # faster than sdpa for so few tokens on a CPU
-        # neighbours are only 1 or 6 apart, so RoPE rotates the whole head, at higher frequencies
+        # neighbours are only 1 or 6 apart, which slow rotations cannot tell: RoPE rotates the whole
+        # head, at higher frequencies
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
 
     def tokenize(caption):
@@ -919,8 +932,8 @@ def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
         index = torch.randint(len(prompts), (batch,), generator=generator)      # (batch,)
         texts = []
         for j in index.tolist():
-            hidden = rng.random() <= prompt_dropout
-            texts.append("" if hidden else prompts[j])
+            dropped = rng.random() <= prompt_dropout
+            texts.append("" if dropped else prompts[j])
         share = torch.cos(torch.rand(batch, 1, generator=generator) * math.pi / 2)   # as in MaskGIT
         order = torch.rand(batch, N, generator=generator).argsort(-1)           # (batch, N)
         masked = (order < (share * N).ceil()).to(policy.device)                 # (batch, N) bool
@@ -953,7 +966,7 @@ def load_base(policy, config, folder):
 # 10. Show-o as a policy: the published weights in the class of section 8, and MAGVIT-v2's decoder.
 
 # Defaults for Show-o, 512 x 512: the paper's learning rate; the released code's T, temperature,
-# reward and guidance; a warm-up of 62, inferred from the code's 1,000 steps on 16 processes.
+# reward and guidance; a warm-up of 1,000 / 16 = 62, inferred from its scheduler and 16 processes.
 # w = 5 is 6 in the other convention, uncond + w (cond - uncond). 625 updates draw 10,000 captions,
 # the size of the paper's file.
 SHOWO = dict(reward="clip", steps=50, eval_steps=50, temperature=1.0, guidance=5.0, updates=625,
@@ -1067,7 +1080,8 @@ def load_showo(model, vq_model="showlab/magvitv2", weights="", device="cpu") -> 
 
 def is_showo(model):
     """Whether --model is a folder or a hub id of Show-o, not MODULE:FUNCTION of your own"""
-    return bool(model) and (":" not in model or re.match(r"[A-Za-z]:[\\/]", model) is not None)
+    is_windows_path = re.match(r"[A-Za-z]:[\\/]", model) is not None          # such as C:\models
+    return model != "" and (":" not in model or is_windows_path)
 
 
 def make_policy(config, device):
@@ -1181,7 +1195,8 @@ def make_optimizer(policy, config):
     groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
     if config.optimizer == "adafactor":
-        # with this eps, a step does not scale with the weight, as long as its RMS is at most 1
+        # with this eps, a step does not scale with the weight, as long as the weight's RMS is
+        # at most 1
         optimizer = torch.optim.Adafactor(groups, lr=0.0, eps=(None, 1.0), foreach=False)
     else:
         fused = torch.device(policy.device).type != "cpu"
@@ -1373,7 +1388,8 @@ def load_checkpoint(path, splits, policy, optimizer):
     if saved["captions"] != splits:
         raise InputError(f"--prompts: the captions differ from those of {path}")
     policy.load_state_dict(saved["policy"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})  # not lr
+    # the settings of the optimizer's groups are those of this run
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
     return saved["state"]
 
 

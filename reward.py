@@ -12,7 +12,8 @@ et al., 2023): a single object, two objects, a count, a colour, a position, and 
 objects. No single token is difficult. The difficulty is that tokens must agree with each other,
 although tokens drawn in the same step are drawn independently.
 
-Dims: B pictures of 48 x 48 pixels, N = 36 tokens, K = 49 codes (the background and 12 objects x 4).
+Dims: B pictures of 48 x 48 pixels, b of them in a batch, N = 36 tokens, K = 49 codes (the
+background and 12 objects x 4), p = TILE pixels per side of a tile, D size of a CLIP embedding.
 """
 import contextlib
 import importlib.util
@@ -95,7 +96,7 @@ CODEBOOK_SIZE = len(TILES)
 #    star") are in the same split, so the held-out ones are not mere rewordings of the others.
 
 NUMBERS = {"two": 2, "three": 3}
-# of the first object to the second: (rows down, columns right) from the first to the second
+# where the second object is, seen from the first: (rows down, columns to the right)
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 # the categories and their shares in pretraining: more of what the base learns most slowly
 CATEGORIES = {"single": 1, "two": 2, "counting": 2, "color": 1, "position": 6, "attribution": 3}
@@ -206,7 +207,7 @@ def draw_scene(caption, rng: random.Random):
     codes = np.zeros((LATTICE, 2, LATTICE, 2), int)                     # (row, half, column, half)
     for cell, (shape, color) in zip(places, objects):
         if color is None:
-            color = rng.choice(["red", *COLORS])
+            color = rng.choice(["red", *COLORS])        # red twice in four
         first = 1 + 4 * OBJECTS.index((shape, color))
         codes[cell // LATTICE, :, cell % LATTICE] = [[first, first + 1], [first + 2, first + 3]]
     return codes.flatten().tolist()
