@@ -21,8 +21,8 @@ set of draws at all masked positions. The *next state* keeps those that rank hig
 *reward*, for the finished picture. Many actions lead to the same next state, because the draws at
 positions 1 and 3 are discarded. GRPO needs the probability of a step. The paper has three
 definitions (section 2). `ar` is the probability of the action, a product over all draws, like the
-likelihood of an autoregressive model. `p1` sums over all actions with this next state. `p2` uses
-the revealed tokens only. One update:
+likelihood of an autoregressive model. `p1` sums over all actions that lead to this next state.
+`p2` uses the revealed tokens only. One update:
 
   1. Sample a group of G pictures for each of P prompts. Record each step. (section 1)
   2. Reward each picture. A filter discards groups whose rewards hardly differ, and others are
@@ -93,8 +93,9 @@ bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent w
 #    must not depend on the other pictures, on padding, or on chance (dropout).
 #    Confidence sampling is a heuristic. The model gives a distribution for each position, not a
 #    joint one, and the tokens of a step are drawn independently. So the distribution of finished
-#    pictures is made by model and sampler together, and differs with the number of steps and with
-#    the noise. What is trained is the model *as this sampler uses it*. The policy is in section 8.
+#    pictures is determined by the model and the sampler together. It depends on the number of steps
+#    and on the noise. What is trained is the model *as this sampler uses it*. The policy is in
+#    section 8.
 #    Sections 1 to 4 can be copied. They need torch, F, math, itertools, typing and deque.
 
 
@@ -141,7 +142,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
     """Sample a picture for each prompt, all in parallel, in T = `steps` steps
 
     Codes are always drawn at temperature 1. `temperature` scales the ranking noise, which varies
-    the order of revealing. As in Show-o, each step t multiplies what is left of this scale by
+    the order of revealing. As in Show-o, each step t multiplies the current scale by
     1 - (t + 1) / T. For T = 12 and temperature 2: 1.83, 1.53, 1.15, 0.76, 0.45, 0.22, ... 0.
     With classifier-free guidance w, logits are (1 + w) cond - w uncond; uncond uses null_ids, the
     empty prompt. FloatingPointError if a logit is NaN or inf. Without guidance it may be -inf, for
@@ -168,7 +169,8 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         drawn = (logp + gumbel(logp.shape, generator, logp.device)).argmax(-1)      # (B, N)
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
         if token_logp.isnan().any():
-            raise FloatingPointError(f"step {t}: logits are not finite; was --lr too large?")
+            raise FloatingPointError(f"step {t}: logits are not finite; try a smaller --lr in "
+                                     "a new run")
 
         # add the ranking noise, also Gumbel, which varies the order of revealing
         temperature_left *= 1 - (t + 1) / steps
@@ -218,38 +220,38 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        [b, MASK]    0                0                0            .3
 #        sum          1.00             1.00             1.00         2.0
 #
-#    p1 adds up all draws with the same next state. The printed formula is right for a sampler
+#    p1 adds up the probabilities of all draws with one next state. Eq. 14 is right for a sampler
 #    without noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a
 #    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a]. Each
 #    pair of draws counts twice, once for its left code and once for its right one.
 #
 #    For a given next state, the mean of grad log ar over the draws that lead to it is grad log p1
 #    (Rao-Blackwell; at fixed noise and at ratio 1). Take [a, MASK] without noise. Whatever is drawn
-#    on the right loses, so log p1 has gradient 0 in the right logits. If a was drawn there, which
-#    has probability .6, log ar has the gradient (.4, -.4) in them, and if b was, (-.6, .6): the
-#    mean is 0, too. The reward depends on the next state, not on what was discarded. So `ar` moves
-#    discarded codes up or down by chance, which adds variance to the gradient, and no bias.
+#    on the right loses, so log p1 has gradient 0 with respect to the right logits. If a was drawn
+#    there (probability .6), the gradient of log ar is (.4, -.4). If b was drawn, it is (-.6, .6).
+#    The mean is 0, too. The reward depends on the next state, not on what was discarded. So `ar`
+#    raises or lowers discarded codes by chance, which adds variance to the gradient, but no bias.
 #
 #    Averaged over all that can happen in a step, the gradients of log ar and log p1 are 0, because
-#    their probabilities sum to 1. The gradient of log p2 is not. Without noise, [a, MASK] gives
-#    .7 * (.3, -.3) to the left logits, and the next states that reveal the right give nothing.
-#    Subtracting the group's mean (section 3) removes this part. What remains is that p2 ignores R.
-#    Let [a, MASK] be worth 1, [MASK, a] .3 and the rest 0, which is .754 on average. In the left
-#    logit of a, p2 gives .7 * .246 * .3 = .05. p1 adds what [MASK, a] and [MASK, b] say about the
-#    left, where they need a b: .18 * -.454 * -.7 + .12 * -.754 * -.7 = .12.
+#    their probabilities sum to 1. The gradient of log p2 is not. Without noise, [a, MASK]
+#    contributes .7 * (.3, -.3) to the gradient of the left logits, and the next states that reveal
+#    the right contribute nothing. Subtracting the group's mean (section 3) removes this part. What
+#    remains is that p2 ignores R. Take the rewards 1 for [a, MASK], .3 for [MASK, a] and 0
+#    otherwise, .754 on average. The gradient of the left logit of a is .7 * .246 * .3 = .05 with
+#    p2. p1 adds what [MASK, a] and [MASK, b] say about the left, where they need a b:
+#    .18 * -.454 * -.7 + .12 * -.754 * -.7 = .12.
 #
 #    All definitions leave one thing out: the ranking depends on the weights, too. At fixed noise
 #    the winner changes abruptly, so the derivative is 0 almost everywhere. Averaged over the noise,
 #    the probability of a ranking is smooth and has a gradient. With the rewards above and Gumbel
-#    noise of scale .05, the expected reward has the gradient (.242, -.082) in the logits of a
-#    (left, right): a more confident a on the right is kept more often, and is worth only .3. p1,
-#    and `ar` on average, give (.168, .016), with the wrong sign on the right. At scale 1.83, that
-#    of the first of 12 steps, they are closer: (.138, .037) and (.110, .028). p1 is used all the
-#    same. It is exact for what it claims, the probability of the next state given the noise. With
-#    the noise integrated out instead, an earlier version learned no better (assets/study.md). And
-#    training can still change the order, because confidence *is* log p: tokens of good pictures
-#    rank higher as they become more probable, and for A > 0 p1's factor for R lowers codes that
-#    would outrank U.
+#    noise of scale .05, the expected reward has the gradient (.242, -.082) with respect to the
+#    logits of a (left, right): a more confident a on the right is kept more often, and is worth
+#    only .3. p1, and `ar` on average, give (.168, .016), with the wrong sign on the right. At scale
+#    1.83, that of the first of 12 steps, they are closer: (.138, .037) and (.110, .028). p1 is used
+#    nevertheless. It is the exact probability of the next state given the noise. An earlier version
+#    that integrated out the noise learned no better (assets/study.md). And training can still
+#    change the order, because confidence *is* log p: tokens of good pictures rank higher as they
+#    become more probable, and for A > 0 p1's factor for R lowers codes that would outrank U.
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
 FLOOR = -60.0       # replaces log p of codes that would not lose, so that a sum of none has a log
@@ -259,7 +261,7 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
 
     s_t is the picture before step t, and logits are the policy's for it. U is revealed_at == t, R
-    is revealed_at > t. noise: what the sampler added to the confidences of this step; None is no
+    is revealed_at > t. noise: what the sampler added to the confidences of this step; None means no
     noise. drawn: its draws, for `ar`.
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
@@ -308,8 +310,8 @@ def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The advantage: how much better a picture is than the others of its group. Subtracting a number
-#    that does not depend on the picture leaves the expected gradient as it is, because grad log p
+# 3. The advantage: how much better a picture is than the others in its group. Subtracting a number
+#    that does not depend on the picture leaves the expected gradient unchanged, as grad log p
 #    has mean 0 (for `ar` and p1, section 2). The group's mean is nearly such a number. It estimates
 #    how hard the caption is, so no value network is needed. It does contain the picture's own
 #    reward: r - mean = (1 - 1/G) (r - mean of the others). This only scales all gradients, by the
@@ -366,9 +368,9 @@ class SampleFilter:
 
 # --------------------------------------------------------------------------------------------------
 # 4. The loss. There is one ratio and one clip per step, as in PPO. An inner epoch is one pass over
-#    the sampled pictures, with one optimizer step. If an update has one, the ratio is always 1, and
-#    the loss (without a KL) is minus the mean advantage, 0 by construction. But logp_old is a
-#    constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
+#    the sampled pictures, with one optimizer step. If an update has one inner epoch, the ratio is
+#    always 1, and the loss (without a KL) is minus the mean advantage, 0 by construction. But
+#    logp_old is a constant, so the gradient is -A grad log p, not 0. Watch the reward instead.
 
 # A position of R at which no code would lose counts as FLOOR + log K, which is -56 for K = 49. When
 # the pictures are sampled, the drawn code itself loses, so with p1 this can happen only after the
@@ -376,9 +378,10 @@ class SampleFilter:
 # positions and logp has none, the ratio is near exp(112), inf in float32. Beyond this limit the
 # gradient is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
-# The same for the KL, where exp(20) would drown every other gradient. In a later inner epoch, a
-# step can have a probability near 0. It then costs exp(5) - 6 = 142, and has no gradient. The other
-# way round, if p_ref is near 0, the KL of a step may be 50, but its gradient is at most grad log p.
+# The same limit for the KL. It is lower, because exp(20) would dominate every other gradient. In a
+# later inner epoch, a step can have a probability near 0. Its KL is then exp(5) - 6 = 142, and has
+# no gradient. If p_ref is near 0 instead, the KL of a step may be 50, but its gradient is at most
+# grad log p.
 MAX_KL_LOG_RATIO = 5.0
 
 
@@ -410,7 +413,7 @@ def kl_k3(logp, logp_ref):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. One update. It samples P * G pictures or more, by T forward passes each. Then it runs a forward
+# 5. One update. It samples P * G pictures or more, T forward passes each. Then it runs a forward
 #    and a backward pass for each of P * G * T steps, 16 * 6 * 50 = 4,800 with the paper's settings.
 #    Training uses no guidance. With it, a guided policy would sample, but the plain one would be
 #    trained. Issue 198 of the repository flow_grpo recommends training without guidance, but with
@@ -504,7 +507,7 @@ def choose_steps(B, T, config, generator):
 
 @torch.enable_grad()
 def learn(policy, reference, optimizer, groups, advantage, config, generator):
-    """All inner epochs of an update but for the last optimizer step, which is left to the caller
+    """All inner epochs of an update except the last optimizer step, which is left to the caller
 
     It leaves the clipped gradient of the last epoch in .grad, and returns that epoch's means for
     the log. Each epoch recomputes the logits, log p, the threshold, the ratio and the clip. All
@@ -554,10 +557,11 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
 
 # --------------------------------------------------------------------------------------------------
 # 6. The training loop. It knows what has been done, what is due, and how to do one update. Whatever
-#    ends it, Ctrl-C or a bug in a reward, the state after the last whole update is saved. A resumed
-#    run samples the interrupted update again, with the same captions and noise, and so equals a run
-#    that never stopped. One exception is a stop between the inner epochs of an update: the
-#    optimizer steps made so far stay in the weights, and the update is sampled again from there.
+#    ends it, Ctrl-C or a bug in a reward, the state after the last complete update is saved. A
+#    resumed run samples the interrupted update again, with the same captions and noise, and so has
+#    the same result as a run that never stopped. One exception is a stop between the inner epochs
+#    of an update: the optimizer steps made so far stay in the weights, and the update is sampled
+#    again from there.
 
 
 def train(config: "Config"):
@@ -565,9 +569,9 @@ def train(config: "Config"):
     # set up; mistakes in the input show here, before any long work
     out = pathlib.Path(config.out).absolute()   # a reward may call os.chdir
     checkpoint = out / "checkpoint.pt"
-    check_folder(config, checkpoint)
-    device = open_device(config)
     splits = load_captions(config.prompts)      # training and held out: category -> captions
+    check_folder(config, checkpoint, splits)
+    device = open_device(config)
     reward_fn = reward.load_reward(config.reward, device)
     measure = reward_fn
     if config.measure != config.reward:
@@ -590,8 +594,8 @@ def train(config: "Config"):
     state = {"rows": [], "generator": generator.get_state(), "filter": [],
              "base": None, "latest": {"update": None}}          # the first and last evaluation
     if config.resume:
-        state = load_checkpoint(checkpoint, splits, policy, optimizer)
-        with blame(f"--device {device}: the run was on a device of another kind"):
+        state = load_checkpoint(checkpoint, policy, optimizer)
+        with blame(f"--device {device}: resume on the kind of device that the run used"):
             generator.set_state(state["generator"])
         sample_filter.history.extend(state["filter"])
     rows = state["rows"]
@@ -629,7 +633,7 @@ def train(config: "Config"):
             row = {"update": done + 1, **summary(groups), **means, "lr": lr,
                    "seconds": time.time() - start, "heldout": ""}
 
-            # the weights and what is known of them change together: a stop comes before or after
+            # the weights and the record of the run change together: a stop comes before or after
             with uninterrupted():
                 optimizer.step()                # nothing moves if every group vanished
                 optimizer.zero_grad(set_to_none=True)
@@ -657,18 +661,19 @@ def train(config: "Config"):
 class Config:
     """All settings of a run. The defaults are for the shapes world; SHOWO has those of Show-o.
 
-    InputError, a ValueError, if one has another type, is out of its range, or does not fit another.
+    Raises InputError (a ValueError) if one has the wrong type, is out of range, or conflicts with
+    another.
     """
     # task
-    model: str = ""                 # Show-o (hub id or folder) or MODULE:FUNCTION; "": shapes
+    model: str = ""                 # Show-o (hub id or folder) or MODULE:FUNCTION; "": shapes world
     vq_model: str = "showlab/magvitv2"   # Show-o's image decoder: hub id, folder or file
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
     reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
-    measure: str = ""               # evaluate another reward; "": --reward, or correct for shapes
+    measure: str = ""               # reward for evaluation; "": --reward, or correct for shapes
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings
-    generate: str = ""              # do not train; sample 4 pictures per caption in this file
+    generate: str = ""              # a caption file: sample 4 pictures per caption, do not train
     device: str = ""                # cpu, cuda, mps, ...; "": an accelerator if there is one
     seed: int = 0                   # seeds the base, the choice of prompts and every draw
     # the shapes world's base
@@ -683,22 +688,22 @@ class Config:
     # Mask-GRPO
     transition: str = "p1"          # p1 (Eq. 14), p1_literal (no noise), p2 (Eq. 15), ar (Eq. 13)
     updates: int = 54               # rounds of sampling and learning
-    groups: int = 16                # P, prompts per update; this and G are the paper's
+    groups: int = 16                # P, prompts per update; P and G have the paper's values
     group_size: int = 6             # G, pictures per prompt, at least 2
     divide_by_std: bool = True      # divide advantages by the std (Eq. 12), or not (Dr. GRPO)
     inner_epochs: int = 1           # passes over each rollout; after the first, the ratio is not 1
-    clip_low: float = 0.1           # the ratio is clipped below 1 - this
-    clip_high: float = 0.2          # the ratio is clipped above 1 + this
+    clip_low: float = 0.1           # the ratio is clipped to at least 1 - clip_low
+    clip_high: float = 0.2          # the ratio is clipped to at most 1 + clip_high
     beta: float = 0.0               # weight of the KL to the frozen base; 0 keeps no copy of it
     score_steps: int = 0            # k, how many of each picture's T steps the loss uses; 0: all
     reduction: str = "random"       # which k steps: random, or the paper's first or last
-    filter_quantile: float = 0.1    # groups whose reward std is below this quantile are replaced
+    filter_quantile: float = 0.1    # replace groups whose std is below this quantile of recent stds
     filter_tries: int = 2           # maximum rounds of replacing vanished groups per update
     # optimisation and evaluation
     optimizer: str = "adamw"        # adamw, or adafactor with almost no optimizer state
-    lr: float = 1.5e-3              # peak learning rate; smaller for larger policies
+    lr: float = 1.5e-3              # peak learning rate; larger policies need a smaller one
     warmup: int = 5                 # updates of linear warm-up; a cosine takes lr to 0 over the run
-    weight_decay: float = 0.02      # on matrices only, not on biases and norms
+    weight_decay: float = 0.02      # on matrices only, not on biases or norms
     max_grad_norm: float = 1.0      # gradients with a larger norm are scaled down to it
     rollout_batch: int = 1024       # pictures sampled at once; limits memory, changes the draws
     micro_batch: int = 192          # (picture, step) pairs per backward pass: affects memory only
@@ -764,10 +769,10 @@ def checked(field, value):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The policy is Show-o (Xie et al., 2024) or a small model like it. It is a Phi language model
-#    whose vocabulary also holds image codes, so that text and picture are one sequence. The decoder
-#    from codes to pixels is frozen. A policy of your own comes from a function (config, device). It
-#    is an nn.Module with float32 parameters, num_tokens N, codebook_size K, device, and with
+# 8. The policy is Show-o (Xie et al., 2024) or a small model like it: a Phi language model whose
+#    vocabulary also holds image codes, so that text and picture are one sequence. The decoder from
+#    codes to pixels is frozen. A policy of your own comes from a function (config, device). It must
+#    be an nn.Module with float32 parameters, num_tokens N, codebook_size K, device, and with
 #    encode, forward and decode as below. encode gets "" only with guidance. The logits of a picture
 #    must not depend on the rest of the batch, on padding, or on chance (section 1).
 
@@ -822,7 +827,7 @@ class Policy(nn.Module):
     def attention_mask(self, prompt_ids):
         """Omni-attention: text is causal; the picture sees everything except pads
 
-        0 where a query may look, very negative elsewhere: prompt_ids (B, L_text) -> (B, 1, L, L)
+        0 where a query may attend, very negative elsewhere: prompt_ids (B, L_text) -> (B, 1, L, L)
         """
         after = self.num_tokens + 2                             # <soi>, the picture, <eoi>
         position = torch.arange(prompt_ids.shape[1] + after, device=prompt_ids.device)  # (L,)
@@ -872,7 +877,7 @@ class Policy(nn.Module):
 
 
 class PlacedEmbedding(nn.Embedding):
-    """Embeddings of ids, plus a learned one of their place in the sequence: (B, L) -> (B, L, D)
+    """Embeddings of ids, plus a learned one of their position: (B, L) -> (B, L, D)
 
     Places are counted from the end, because prompts vary in length. With RoPE alone, a model this
     small takes longer to learn where each object belongs.
@@ -903,7 +908,7 @@ def shapes_policy(config) -> Policy:
 
     def tokenize(caption):
         if caption and caption not in reward.WANTED:
-            raise InputError(f"{caption!r} is not in the shapes world; use --model")
+            raise InputError(f"{caption!r} is not a caption of the shapes world; use --model")
         return [1 + reward.PHRASES.index(phrase) for phrase in reward.phrases(caption)]
 
     def paint(codes):                       # p = reward.TILE; + 0.5 because decode truncates
@@ -1005,7 +1010,7 @@ class MagvitDecoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, codes):
-        """codes (B, h, w) long -> (B, 3, 16 h, 16 w), in [-1, 1] but for overshoot"""
+        """codes (B, h, w) long -> (B, 3, 16 h, 16 w), in [-1, 1] except for overshoot"""
         bits = self.conv_in.in_channels
         shifts = torch.arange(bits - 1, -1, -1, device=codes.device)            # highest bit first
         x = (codes[:, None] >> shifts[:, None, None]) & 1                       # (B, 13, h, w)
@@ -1025,7 +1030,7 @@ def read_weights(source):
     path = str(source)
     what = f"weights {path}"
     if not os.path.exists(path):
-        what += " (no file or folder)"
+        what += " (no such file or folder; a hub id is OWNER/NAME or OWNER/NAME/FILE)"
     with blame(what):
         if os.path.isdir(path):
             path = os.path.join(path, WEIGHTS)
@@ -1039,9 +1044,9 @@ def read_weights(source):
 
 
 def fill(policy, weights, source, assign=False):
-    """Load a state dict by name, strictly. An error shows what names the file has."""
+    """Load a state dict by name, strictly. An error shows the first names in the file."""
     names = ", ".join(list(weights)[:2])
-    with blame(f"weights {source} ({names}, ...)"):
+    with blame(f"weights {source} (with the names {names}, ...)"):
         policy.load_state_dict(weights, assign=assign)
 
 
@@ -1055,7 +1060,8 @@ def load_showo(model, vq_model="showlab/magvitv2", weights="", device="cpu") -> 
         tokenizer = AutoTokenizer.from_pretrained(llm)
         expected = config["vocab_size"] - NUM_SPECIAL - codebook_size - 1
         if not len(tokenizer) == text == expected:
-            raise ValueError(f"{llm} has {len(tokenizer)} tokens, which does not fit {config}")
+            raise ValueError(f"{llm} has {len(tokenizer)} tokens; llm_vocab_size in config.json is "
+                             f"{text}, and vocab_size leaves {expected}")
         phi = PhiConfig.from_pretrained(
             llm, vocab_size=config["vocab_size"], qk_layernorm=True, tie_word_embeddings=False,
             hidden_act="gelu_pytorch_tanh",     # Phi's gelu_new, in one kernel
@@ -1104,7 +1110,8 @@ def make_policy(config, device):
     if not config.generate:
         longest = max(longest, config.steps)
     if longest > policy.num_tokens:
-        raise InputError(f"--steps, --eval-steps: at most {policy.num_tokens}, one per token")
+        raise InputError(f"--steps, --eval-steps: must be at most {policy.num_tokens}, the number "
+                         "of image tokens")
     return policy
 
 
@@ -1128,20 +1135,20 @@ def read_captions(path):
         elif kind == ".jsonl":
             lines = [json.loads(line) for line in lines]
         elif kind in (".csv", ".tsv") or text[:1] in ("[", "{"):
-            raise ValueError("must be a .txt with a caption per line, or be named .json or .jsonl")
+            raise ValueError("must be a .txt with one caption per line, or a .json or .jsonl file")
         if not isinstance(lines, list):
-            raise ValueError("must be a list")
+            raise ValueError("must be a list of captions or of objects")
         for i, record in enumerate(lines, 1):
             if not isinstance(record, dict):
                 record = {"prompt": record}
             prompt = record.get("prompt", record.get("caption"))
             if not isinstance(prompt, str):
-                raise ValueError(f"record {i} is not a string and has no `caption` or `prompt`")
+                raise ValueError(f"record {i} must be a string, or hold a `caption` or a `prompt`")
             prompt.encode()                         # raises for a lone surrogate
             if prompt.strip():
                 records.append({**record, "prompt": prompt.strip()})
         if not records:
-            raise ValueError("there are none")
+            raise ValueError("the file has no captions")
     return records
 
 
@@ -1156,7 +1163,7 @@ def load_captions(path=""):
     prompts = [record["prompt"] for record in read_captions(path)]
     distinct = sorted(set(prompts), key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
     if len(distinct) < 2:
-        raise InputError(f"captions in {path}: training needs at least two")
+        raise InputError(f"captions in {path}: training needs at least two distinct ones")
     if len(distinct) < len(prompts):
         print(f"{len(prompts) - len(distinct)} captions are duplicates; each is used once")
     held = min(64, math.ceil(len(distinct) / 10))
@@ -1241,7 +1248,8 @@ def try_out(policy, reward_fn, measure, splits, config):
         once = policy(ids, masks)                                               # (2, N, K)
         again = policy(ids, masks)                                              # (2, N, K)
     if not torch.allclose(once, again, 1e-3, 1e-3):
-        raise InputError("--model: two passes over one input differ; is dropout on?")
+        raise InputError("--model: two forward passes over one input differ; dropout and other "
+                         "randomness must be off after eval()")
 
     torch.set_grad_enabled(True)                # a module of the user's may have switched it off
     trajectory = rollout(policy, ids, 1)
@@ -1251,12 +1259,12 @@ def try_out(policy, reward_fn, measure, splits, config):
         logp.sum().backward()
     reached = [p for p in policy.parameters() if p.grad is not None]
     if not reached:
-        raise InputError("--model: no gradient reaches its parameters; are they registered, not "
-                         "frozen, and used in forward without no_grad?")
+        raise InputError("--model: no gradient reaches its parameters; they must be registered, "
+                         "not frozen, and used in forward outside no_grad")
     for p in reached:
         if p.dtype != torch.float32 or not p.grad.isfinite().all():
             raise InputError(f"--model: a weight is {p.dtype} with a gradient of norm "
-                             f"{p.grad.norm()}; training needs float32 weights, finite gradients")
+                             f"{p.grad.norm()}; it needs float32 weights and finite gradients")
     policy.zero_grad(set_to_none=True)
 
 
@@ -1354,13 +1362,13 @@ def save_checkpoint(path, config, splits, policy, optimizer, state):
 
 def read_checkpoint(path, mmap):
     """A checkpoint -> dict; with mmap its tensors stay on the disk until they are used"""
-    with blame(f"--resume: {path}"):
+    with blame(f"--resume: cannot read {path} with this version"):
         saved = torch.load(path, "cpu", weights_only=True, mmap=mmap)
         Config(**saved["config"])               # fails if it is of another version
         return saved
 
 
-def check_folder(config, checkpoint):
+def check_folder(config, checkpoint, splits):
     """Refuse a new run where there is one, and a --resume that does not fit the run there"""
     with blame(f"--out {config.out}"):          # it may be too long, or closed to this user
         try:
@@ -1368,25 +1376,26 @@ def check_folder(config, checkpoint):
         except FileNotFoundError:
             exists = False
     if exists and not config.resume:
-        raise InputError(f"{checkpoint} exists; --resume continues it, another --out starts a new "
-                         "run")
+        raise InputError(f"{checkpoint} exists; use --resume to continue it, or another --out to "
+                         "start a new run")
     if config.resume:
         saved = read_checkpoint(checkpoint, mmap=True)
         for name, before in saved["config"].items():
             value = getattr(config, name)
             if value != before and name not in MAY_CHANGE:
-                raise InputError(f"{flag(name)} {value}: the run has {before!r}; leave it out, or "
+                raise InputError(f"{flag(name)} {value}: the run has {before!r}; omit the flag, or "
                                  "start a new run with another --out")
         done = len(saved["state"]["rows"])
         if config.updates < done:
-            raise InputError(f"--updates {config.updates}: {done} are already done")
+            raise InputError(f"--updates {config.updates}: must be at least {done}, those done")
+        if saved["captions"] != splits:
+            raise InputError(f"--prompts: the captions differ from those of {checkpoint}; restore "
+                             "them, or start a new run with another --out")
 
 
-def load_checkpoint(path, splits, policy, optimizer):
+def load_checkpoint(path, policy, optimizer):
     """Restore weights and optimizer -> the rest of a run's state, a dict"""
     saved = read_checkpoint(path, mmap=False)
-    if saved["captions"] != splits:
-        raise InputError(f"--prompts: the captions differ from those of {path}")
     policy.load_state_dict(saved["policy"])
     # the settings of the optimizer's groups are those of this run
     optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
@@ -1489,7 +1498,7 @@ def generate(config: Config):
     out = pathlib.Path(config.out).absolute()
     records = read_captions(config.generate)
     if out.exists() and not config.resume:
-        raise InputError(f"{out} exists; --resume continues it, another --out starts anew")
+        raise InputError(f"{out} exists; use --resume to continue it, or choose another --out")
     device = open_device(config)
     policy = make_policy(config, device)
     print(f"{len(records)} captions; the first is {records[0]['prompt']!r}", flush=True)
@@ -1532,8 +1541,8 @@ def help_text():
     """What -h prints: the source of Config"""
     return (f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\nThe flags are "
             f"fields of Config: clip_low is --clip-low.\n\n{inspect.getsource(Config)}\n"
-            "Show-o's defaults are SHOWO, in section 10. A run with --resume has the settings of\n"
-            "its checkpoint. Weights from a checkpoint bring the settings OF_WEIGHTS.")
+            "Show-o's defaults are in SHOWO, section 10. --resume takes the settings from the\n"
+            "checkpoint. --weights takes those named in OF_WEIGHTS, section 12, from a checkpoint.")
 
 
 # what a checkpoint that is given as --weights was trained and evaluated with

@@ -96,7 +96,7 @@ CODEBOOK_SIZE = len(TILES)
 #    star") are in the same split, so the held-out ones are not mere rewordings of the others.
 
 NUMBERS = {"two": 2, "three": 3}
-# where the second object is, seen from the first: (rows down, columns to the right)
+# how to get from the first object to the second: (rows down, columns to the right)
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 # the categories and their shares in pretraining: more of what the base learns most slowly
 CATEGORIES = {"single": 1, "two": 2, "counting": 2, "color": 1, "position": 6, "attribution": 3}
@@ -166,7 +166,7 @@ PHRASES = all_phrases()
 def captions(heldout):
     """The training captions, or the held-out ones: category -> list[str]
 
-    Every fifth meaning of a category is held out. Its text tokens all occur in training captions.
+    Every fifth meaning of a category is held out. Training captions contain all text tokens.
     """
     chosen = {}
     for category in CATEGORIES:
@@ -247,8 +247,8 @@ def look(images, tolerance=40):
 def agreement(cells, caption):
     """How well the cells show what the caption asks for, in [0, 1]; 1 is exactly that and no more
 
-    It is the number of correct objects, divided by the number asked for or the number drawn (broken
-    ones count), whichever is larger. It is 0.5 if all are correct but in the wrong relation.
+    It is the number of correct objects, divided by the larger of two numbers: the objects asked for
+    and those drawn, broken ones included. It is 0.5 if only the relation is wrong.
     cells (9,) -> float
     """
     wanted, relation = WANTED[caption]
@@ -302,11 +302,11 @@ def cosine(embed, scale, batch=32):
 
 
 def clip(device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
-    """Any CLIP of open_clip. pretrained: a tag or a file. scale: None is the model's own"""
+    """Any CLIP of open_clip. pretrained: a tag or a file. scale: None means the model's own"""
     import open_clip  # slow, so only here
     net, preprocess = open_clip.create_model_from_pretrained(model, pretrained, device=device)
     net.eval()
-    tokenize = open_clip.get_tokenizer(model)       # cuts texts at 77 tokens
+    tokenize = open_clip.get_tokenizer(model)       # truncates texts to 77 tokens
     if scale is None:
         scale = net.logit_scale.detach().exp()
 
@@ -318,14 +318,14 @@ def clip(device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
 
 
 def hpsv2(device, model="ViT-H-14", pretrained=None):
-    """HPS v2.1 (Wu et al., 2023): a CLIP tuned on human preferences, whose score is the cosine"""
+    """HPS v2.1 (Wu et al., 2023): a CLIP fine-tuned on human preferences; the score is a cosine"""
     if pretrained is None:
         pretrained = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     return clip(device, model, pretrained, scale=1)
 
 
 def pickscore(device, model="yuvalkirstain/PickScore_v1"):
-    """PickScore v1 (Kirstain et al., 2023): a CLIP tuned on human preferences, for transformers
+    """PickScore v1 (Kirstain et al., 2023): a CLIP fine-tuned on human preferences, in transformers
 
     ValueError if the file lacks weights, which transformers would fill with random numbers.
     """
@@ -334,7 +334,7 @@ def pickscore(device, model="yuvalkirstain/PickScore_v1"):
     net, info = CLIPModel.from_pretrained(model, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"its weights lack {', '.join(missing[:3])}, ...")
+        raise ValueError(f"its weights lack {', '.join(missing[:3])}; use a complete checkpoint")
     net.to(device).eval()
 
     def embed(images, prompts):
@@ -376,11 +376,12 @@ def find_function(spec):
     module, _, name = spec.partition(":")
     if "/" in module or "\\" in module or module.endswith(".py"):
         stem = pathlib.PureWindowsPath(module).stem         # it knows both kinds of slashes
-        raise InputError(f"{spec}: write {stem}:{name}, and run in the folder of {stem}.py")
+        raise InputError(f"{spec}: write {stem}:{name}, and start in the folder that has {stem}.py")
     with blame(spec):
         found = importlib.util.find_spec(module)
     if not found or not hasattr(importlib.import_module(module), name):
-        raise InputError(f"{spec}: found no module {module} with a {name}")
+        raise InputError(f"{spec}: found no module {module} with a function {name}; check both "
+                         "names and the current folder")
     return getattr(importlib.import_module(module), name)
 
 
@@ -401,7 +402,7 @@ def load_reward(spec, device="cpu"):
     elif rest:
         arguments = rest.split(":", 1)
     names = ", ".join([*REWARDS, *MODELS])          # for a name that is none of them
-    with blame(f"reward {spec} (choices: {names}, or MODULE:FUNCTION of your own)"):
+    with blame(f"reward {spec} (choices: {names}, or your own MODULE:FUNCTION)"):
         return MODELS[name](device, *arguments)
 
 
@@ -415,6 +416,6 @@ def rate(reward, pixels, prompts):
     rewards = torch.as_tensor(reward(images, list(prompts)))
     rewards = rewards.detach().float().cpu()                                # (B,)
     if rewards.shape != (len(prompts),) or not rewards.isfinite().all():
-        raise ValueError(f"a reward must be one finite number per picture; for {len(prompts)} "
-                         f"pictures, the first of {prompts[0]!r}, it is {rewards}")
+        raise ValueError(f"a reward must return one finite number per picture; for {len(prompts)} "
+                         f"pictures (first caption: {prompts[0]!r}) it returned {rewards}")
     return rewards

@@ -124,7 +124,7 @@ def policy():
 
 
 def test_schedule_equals_the_published_samplers():
-    """Show-o's numbers but for its last step, which leaves one masked; float32 decides at 2/3."""
+    """Show-o's numbers except the last step's, which leaves one masked; float32 decides at 2/3."""
     schedule = M.mask_schedule(50, 1024)
     assert schedule[:10] == [1023, 1021, 1019, 1015, 1011, 1005, 999, 991, 983, 973]
     assert schedule[-4:] == [96, 64, 32, 0]
@@ -136,7 +136,7 @@ def test_schedule_equals_the_published_samplers():
 
 @pytest.mark.parametrize("N", [1, 5, 36, 256])
 def test_every_step_of_every_schedule_reveals_a_token(N):
-    """None is revealed twice, none is left over; no steps, or more than tokens, are refused."""
+    """No token is revealed twice or left over. T = 0 and T > N are refused."""
     for T in range(1, min(N, 64) + 1):
         schedule = M.mask_schedule(T, N)
         assert len(schedule) == T and schedule[-1] == 0
@@ -329,7 +329,7 @@ def test_what_was_revealed_earlier_does_not_count():
 
 
 def test_rao_blackwell_in_the_example():
-    """Given [a, MASK] without noise: the gradients in the right logits."""
+    """Given [a, MASK] without noise: the gradients with respect to the right logits."""
     logits = EXAMPLE.clone().requires_grad_()
     for name, code, expected in (("ar", A, [.4, -.4]), ("ar", B, [-.6, .6]), ("p1", A, [0, 0])):
         drawn = torch.tensor([[A, code]])
@@ -408,7 +408,7 @@ def test_p1_given_the_noise_is_the_frequency_of_the_step(n, seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_gradient_of_p1_is_the_mean_of_that_of_ar(seed):
-    """Rao-Blackwell: over all draws that leave one picture behind, ar differs from p1 by noise."""
+    """Rao-Blackwell: over all draws that leave one picture behind, ar differs from p1 by chance."""
     generator = seeded(seed)
     logits = torch.randn(3, 3, generator=generator).double().repeat(27, 1, 1).requires_grad_()
     noise = torch.randn(3, generator=generator).double().expand(27, 3)
@@ -500,7 +500,7 @@ def test_the_filter_by_hand(history, quantile, std, expected):
 
 
 def test_loss_is_zero_but_gradient_is_not():
-    """The most asked GRPO question. At ratio 1 the loss is -mean(A) = 0; its gradient is -A / M."""
+    """A frequent question on GRPO. At ratio 1 the loss is -mean(A) = 0; its gradient is -A / M."""
     advantage = M.group_advantage(torch.tensor([[1.0, 0.0, 0.0, 1.0]])).flatten()
     logp = torch.full((4,), -3.0, requires_grad=True)
     loss, _ = M.grpo_loss(logp, logp.detach(), advantage, 0.1, 0.2)
@@ -522,7 +522,7 @@ def test_clipping_stops_only_what_would_push_further_out(advantage, ratio, flows
 
 
 def test_the_minimum_is_taken_per_picture_and_step():
-    """Ratios 2 and .5, A = 1: (1.2 + .5) / 2 = .85; the least of the means is 1.05."""
+    """Ratios 2 and .5, A = 1: (1.2 + .5) / 2 = .85; the minimum of the means is 1.05."""
     loss, _ = M.grpo_loss(torch.tensor([2.0, 0.5]).log(), torch.zeros(2), torch.ones(2), 0.1, 0.2)
     assert loss.tolist() == pytest.approx([-1.2, -0.5])
 
@@ -540,7 +540,7 @@ def test_k3_is_zero_at_equality_and_a_kl_elsewhere():
 
 
 def test_the_gradient_of_k3_is_that_of_the_other_direction():
-    """In the logits of p, with its samples held fixed: grad KL(q || p) = p - q."""
+    """With respect to the logits of p, with its samples held fixed: grad KL(q || p) = p - q."""
     logits = torch.tensor([0.3, -0.2, 1.0], requires_grad=True)
     logp = logits.log_softmax(0)
     q = torch.tensor([0.2, 0.5, 0.3])
@@ -761,7 +761,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm(policy, batch):
 
 
 def test_later_epochs_leave_ratio_one_and_clipping_acts(batch):
-    """Against a detached copy of itself a log-probability has ratio 1 for ever."""
+    """Against a detached copy of itself a log-probability always has ratio 1."""
     fresh = shapes()
     config = tiny(inner_epochs=2, groups=1, micro_batch=3)
     log = M.learn(fresh, None, torch.optim.SGD(fresh.parameters(), 1.0), *batch, config, seeded(0))
@@ -874,7 +874,7 @@ def timeless(rows):
 
 
 def red_but(action, call):
-    """The red reward, which first does something when it is called for this time"""
+    """The red reward; before the given one of its calls it performs an action"""
     calls = itertools.count(1)
 
     def reward_fn(images, prompts):
@@ -942,7 +942,7 @@ def test_a_row_says_what_was_sampled_and_what_was_kept():
     assert M.summary(M.Groups([], None, kept[:1], kept[:1]))["reward_se"] == ""
 
 
-def test_a_run_of_single_groups_says_no_error(tmp_path, capsys):
+def test_a_run_of_single_groups_reports_no_error(tmp_path, capsys):
     """--groups 1: no NaN in the table, and no +- in the line."""
     _, rows = run(tmp_path, reward="red", groups=1, filter_tries=0)
     assert [row["reward_se"] for row in rows] == ["", ""]
@@ -951,7 +951,7 @@ def test_a_run_of_single_groups_says_no_error(tmp_path, capsys):
 
 
 def test_the_row_of_an_evaluated_update_has_the_held_out_mean(tmp_path, monkeypatch):
-    """Of all held-out scores: here .75, but for one of 24 that is 0."""
+    """Of all held-out scores: here .75, except one of 24, which is 0."""
     def made_up_evaluation(policy, measure, splits, config, update):
         scores = torch.stack([torch.full((6, 4), 0.25), torch.full((6, 4), 0.75)])
         scores[1, 0, 0] = 0.0
@@ -1186,7 +1186,7 @@ PLACES = {
     ("sampling", signal.SIGTERM), ("sampling", signal.SIGHUP)])
 def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, number, stoppable,
                                                                      monkeypatch, whole):
-    """The log got a row later than the checkpoint, as if killed. In the middle of a step, a stop
+    """The log is one row ahead of the checkpoint, as after a kill. In the middle of a step, a stop
     waits until the step has a row."""
     name, call, done = PLACES[place]
     calls = itertools.count(1)
@@ -1301,8 +1301,8 @@ def test_a_run_in_a_thread_and_without_stdout(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call, done", [(0, 0), (1, 0), (2, 1), (3, 2)])
 def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monkeypatch, call, done):
-    """In the base's evaluation, in update 1, in update 2, in the evaluation after it, which a
-    resume makes up: also the base's, and also the last, although all updates are done."""
+    """The reward fails in the base's evaluation, in update 1 or 2, or in the last evaluation. A
+    resumed run repeats a failed evaluation, even when all updates are done."""
     def bug():
         raise KeyError("a bug of the user's")
 
@@ -1403,8 +1403,8 @@ def test_a_resumed_run_keeps_no_second_copy_of_its_checkpoint(tmp_path, monkeypa
 
 
 def test_a_reward_cannot_change_the_run(tmp_path, monkeypatch, usual):
-    """It empties its arguments, disables gradients, moves to another folder, and asks for a
-    gradient of its result."""
+    """It empties its arguments, disables gradients, moves to another folder, and returns a
+    result that requires a gradient."""
     def rude(images, prompts):
         result = red(images, prompts).requires_grad_()
         images.clear()
@@ -1558,7 +1558,7 @@ def test_decoding_gives_the_tiles_back(policy):
 
 
 def test_decoding_in_chunks_changes_nothing():
-    """300 pictures, 113 at a time. Codes 0 and 1 are black, 2 is gray, all others are white."""
+    """300 pictures, 113 at a time. Codes 0 and 1 are black, 2 is grey, all others are white."""
     fresh = shapes()
     chunks = []
 
@@ -1669,7 +1669,7 @@ def test_the_base_learns_from_masked_tokens_only(monkeypatch):
 
 
 def test_a_base_is_reused_only_for_the_same_settings(tmp_path, monkeypatch):
-    """Its file is named by seed, width, layers and steps; half of a file is one line."""
+    """Its file is named by seed, width, layers and steps; half of a file gives a one-line error."""
     made = record(monkeypatch, M, "pretrain")
     for settings in ({}, {}, {"seed": 1}, {"width": 32}, {"layers": 2}, {"pretrain_steps": 3}):
         M.load_base(shapes(**settings), tiny(**settings), tmp_path)
@@ -1816,7 +1816,7 @@ def test_full_size_has_the_published_names_and_shapes():
 
 
 def test_a_loaded_show_o(showo, monkeypatch):
-    """Its layout of prompts, Phi's gelu_new in one kernel, and bf16 on a GPU alone."""
+    """Its layout of prompts, Phi's gelu_new in one kernel, and bf16 only on a GPU."""
     large = M.load_showo(showo["showo"], showo["magvit"])
     assert large.encode(["a cat", ""]).tolist() == [[16, 0, 1, 2, 0], [11, 11, 16, 0, 0]]
     x = torch.linspace(-6, 6, 1001)
@@ -1874,7 +1874,7 @@ def magvit_by_hand(weights, codes):
 
 
 def test_the_decoder_computes_what_magvit_v2_does():
-    """Random weights, larger where attention would else be even; the eps of its norms."""
+    """Random weights, larger where attention would otherwise be uniform; the eps of its norms."""
     torch.manual_seed(0)
     decoder = Decoder(width=32)
     with torch.no_grad():
@@ -1903,7 +1903,7 @@ def broken(showo, tmp_path):
 
 @pytest.mark.parametrize("damage, why", [
     ("missing", 'Missing key(s) in state_dict: "showo.lm_head.bias"'), ("none", "No such"),
-    ("renamed", "(module.showo.")])
+    ("renamed", "(with the names module.showo.")])
 def test_weights_of_show_o_that_do_not_fit(broken, damage, why, tmp_path, capsys):
     """One line, which shows some of the file's own names."""
     showo, folder = broken
@@ -2007,7 +2007,7 @@ def test_on_an_accelerator_adamw_is_fused():
 
 
 def test_adafactor_steps_are_of_the_size_of_the_learning_rate():
-    """Not of lr times the size of the weight, as is usual for it: so --lr means the same."""
+    """Its default is lr times the size of the weight. Here --lr means the same as for AdamW."""
     fresh = shapes()
     optimizer = M.make_optimizer(fresh, tiny(optimizer="adafactor", weight_decay=0.0))
     M.set_lr(optimizer, 1e-3, 0, 0, 1)
@@ -2170,8 +2170,8 @@ def generated(showo, tmp_path):
 
 
 def test_generating_in_genevals_layout(generated, tmp_path, monkeypatch):
-    """Folders, metadata, four pictures each. What was half done, or whose metadata is empty or of
-    another caption, is made again, and nothing else."""
+    """Folders, metadata, four pictures each. Only a folder whose metadata is empty, incomplete or
+    of another caption is made again."""
     calls = record(monkeypatch, M, "sample")
     replaced = record(monkeypatch, M, "replacing")
     first = generated("first")
@@ -2264,18 +2264,20 @@ def files(folder):
     ("--max-grad-norm 0", "above 0"), ("--out good.txt/out", "--out good"),
     (f"--out {'x' * 300}", "too long"),
     ("--width 40", "--width"), ("--device tpu", "--device tpu"), ("--model x", "--prompts"),
-    ("--generate x.txt", "--weights"), ("--resume", "--resume"), ("--reward math:no", "with a no"),
+    ("--generate x.txt", "--weights"), ("--resume", "--resume"),
+    ("--reward math:no", "a function no;"),
     ("--reward my_taste.py:warm", "write my_taste:warm"), ("--reward ./a/my:f", "write my:f"),
     ("--reward beauty", "choices: shapes, correct"), ("--measure clip:ViT-B-32:FILE", "clip:"),
     ("--model no_such_module:f --prompts good.txt", "no_such_module"), ("--prompts one.txt", "two"),
-    ("--weights code.pt", "code.pt"), ("--weights no_such_file.pt", "(no file or folder)"),
-    ("--weights cat.pt --width 32", "cat.pt (showo."), ("--prompts empty.txt", "there are none"),
+    ("--weights code.pt", "code.pt"), ("--weights no_such_file.pt", "(no such file or folder"),
+    ("--weights cat.pt --width 32", "cat.pt (with the names showo."),
+    ("--prompts empty.txt", "no captions"),
     ("--weights cat.pt --generate good.txt", "shapes world"),
     ("--prompts x.csv", ".txt"), ("--prompts x.TSV", ".txt"), ("--prompts list.txt", ".txt"),
     ("--prompts dict.txt", ".txt"), ("--prompts late.txt", "dragon 9"),
     ("--prompts coco.json", "must be a list"), ("--prompts number.jsonl", "record 2"),
     ("--prompts broken.JSON", "JSONDecodeError"), ("--prompts half.json", "surrogates")])
-def test_bad_input_is_one_line(words, named, tmp_path, capsys, monkeypatch):
+def test_bad_input_gives_a_one_line_error(words, named, tmp_path, capsys, monkeypatch):
     """It names what is wrong, and nothing was begun."""
     (tmp_path / "FILE").write_bytes(b"\xff\x00 is neither text nor weights")
     torch.save(Code(), tmp_path / "code.pt")
@@ -2306,36 +2308,39 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("words, named", [
-    ("--resume --lr 1e-5", "--lr 1e-05: the run has 0.0015"), ("", "--resume continues it"),
-    ("--resume --no-divide-by-std", "--divide-by-std"), ("--resume --updates 1", "2 are already"),
+    ("--resume --lr 1e-5", "--lr 1e-05: the run has 0.0015"), ("", "use --resume to continue it"),
+    ("--resume --no-divide-by-std", "--divide-by-std"),
+    ("--resume --updates 1", "must be at least 2"),
     ("--resume --prompts stars.txt", "captions"), ("--generate stars.txt --weights x", "exists")])
 def test_a_folder_that_holds_a_run_stays_as_it_is(words, named, finished, capsys, monkeypatch):
     """A second start in it, and a resume with other settings or captions, are refused."""
     before = files(finished)
     (finished.parent / "stars.txt").write_text("a star\ntwo stars\n")
     monkeypatch.chdir(finished.parent)
+    monkeypatch.setattr(M, "make_policy", None)             # no run begins, even if not refused
     error = refused(capsys, "--out", finished, *words.split())
     assert named in error and files(finished) == before
 
 
-def test_a_second_run_from_python_is_refused_too(finished):
+def test_a_second_run_from_python_is_refused_too(finished, monkeypatch):
     """A ValueError in the words of the command line, and no file is touched."""
     before = files(finished)
-    with pytest.raises(ValueError, match="--resume continues it"):
+    monkeypatch.setattr(M, "make_policy", None)             # no run begins, even if not refused
+    with pytest.raises(ValueError, match="use --resume to continue it"):
         M.train(tiny(out=str(finished)))
     with pytest.raises(ValueError, match=r"--lr 0.1: the run has 0.0015"):
         M.train(tiny(out=str(finished), resume=True, lr=0.1))
     assert files(finished) == before
 
 
-def test_a_resumed_run_keeps_its_settings_but_a_few(finished):
-    """Its length, its device, its place, the memory settings, and where its files lie."""
+def test_a_resumed_run_keeps_all_but_a_few_settings(finished):
+    """These may change: updates, device, --out, the memory settings, and where files lie."""
     words = (f"--resume --out {finished} --updates 7 --device cpu --micro-batch 3 --seed 0 "
              "--rollout-batch 5 --checkpointing --lr 1.5e-3 --vq-model x --weights y")
     config = M.parse(words.split())
     assert config == tiny(out=str(finished), resume=True, updates=7, micro_batch=3,
                           rollout_batch=5, checkpointing=True, vq_model="x", weights="y")
-    M.check_folder(config, finished / "checkpoint.pt")
+    M.check_folder(config, finished / "checkpoint.pt", M.load_captions())
     assert M.MAY_CHANGE & {*OTHER} == {"updates"}       # of all that changes the outcome of a run
     for name, least in M.LEAST.items():
         assert getattr(M.parse([M.flag(name), str(least)]), name) == least
@@ -2343,7 +2348,8 @@ def test_a_resumed_run_keeps_its_settings_but_a_few(finished):
 
 
 @pytest.mark.parametrize("damage", ["half", "older", "code", "device"])
-def test_a_checkpoint_that_cannot_be_resumed_is_one_line(damage, finished, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_resumed_gives_a_one_line_error(damage, finished, tmp_path,
+                                                                     capsys):
     """Cut in half, of an older version, with code, of another device."""
     path = tmp_path / "checkpoint.pt"
     checkpoint = saved(finished)
@@ -2381,7 +2387,7 @@ def test_captions_are_printed_where_stdout_is_ascii(tmp_path):
     """As under LANG=C: other letters are escaped."""
     (tmp_path / "captions.txt").write_text("ein h\u00fcbscher Stern\na star\n", encoding="utf-8")
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit, match="not in the shapes"):
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit, match="of the shapes world"):
         M.main(flags(prompts="captions.txt", out="out"))
     out.flush()
     text = out.buffer.getvalue().decode("ascii")
@@ -2523,7 +2529,7 @@ LEFT_RIGHT = [("circle", "red", 2, 0), ("star", "red", 0, 1)]       # the circle
 @pytest.mark.parametrize("caption, objects, expected", [
     ("a star", [STAR], 1), ("a star", [], 0), ("a star", [("circle", "red", 0, 0)], 0),
     ("a star", [STAR, ("star", "red", 2, 2)], 1 / 2),                       # one too many
-    ("a star", [STAR, ("circle", "red", 1, 1)], 1 / 2),                     # uncalled for
+    ("a star", [STAR, ("circle", "red", 1, 1)], 1 / 2),                     # not asked for
     ("two stars", [STAR, BLUE_STAR], 1), ("three stars", [STAR, BLUE_STAR], 2 / 3),
     ("a red star", [BLUE_STAR], 0),
     ("a circle and a star", LEFT_RIGHT, 1), ("a circle left of a star", LEFT_RIGHT, 1),
@@ -2666,7 +2672,7 @@ def test_pickscore_is_transformers_clip(tmp_path):
     ("a.jsonl", '{"prompt": "a cat", "tag": "x"}\n\n"a dog"\n{"caption": ""}'),
     ("bom.txt", "\ufeffa cat\na dog"), ("lines", "a cat\r\na dog")])
 def test_captions_are_read_from_text_and_json(tmp_path, name, text):
-    """Blank lines, empty captions and a byte order mark are none."""
+    """Blank lines, empty captions and a byte order mark are no captions."""
     (tmp_path / name).write_bytes(text.encode())
     records = M.read_captions(tmp_path / name)
     assert [record["prompt"] for record in records] == ["a cat", "a dog"]
@@ -2674,7 +2680,7 @@ def test_captions_are_read_from_text_and_json(tmp_path, name, text):
 
 
 def test_only_a_line_feed_ends_a_caption(tmp_path):
-    """Not the line separators of Unicode; brackets within a text are no JSON."""
+    """Not the line separators of Unicode; brackets within a text do not make it JSON."""
     text = "a cat\u2028on a\x85mat\n[brackets] and {braces}\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert len(M.read_captions(tmp_path / "a.txt")) == 2
@@ -2842,7 +2848,7 @@ def test_the_figures_are_what_their_script_draws():
 
 
 def test_what_training_changes_is_measured_as_described(monkeypatch):
-    """Three held-out pictures of two circles. Steps count from 1; two pictures begin both late."""
+    """Three held-out pictures of two circles. Steps count from 1. In two, both begin late."""
     mixed = scene(("circle", "red", 0, 0), ("circle", "blue", 0, 2))
     alike = scene(("circle", "red", 0, 0), ("circle", "red", 0, 2))
     revealed_at = torch.zeros(6, 6, 6).long()                       # background at once, in step 1
@@ -2858,7 +2864,7 @@ def test_what_training_changes_is_measured_as_described(monkeypatch):
     monkeypatch.setattr(M, "sample", made_up_sample)
     fresh = shapes()
     for weight in fresh.showo.lm_head.parameters():
-        weight.data.zero_()                                         # a draw is one of 49, equally
+        weight.data.zero_()                                         # all 49 codes equally likely
     measure = runpy.run_path(str(HERE / "assets" / "changes.py"))["measure"]
     splits = [{"counting": ["two circles"]}] * 2
     found, kinds = measure(fresh, splits, tiny(eval_pictures=3, eval_steps=12))
@@ -2873,7 +2879,7 @@ def test_what_training_changes_is_measured_as_described(monkeypatch):
 @pytest.mark.parametrize("script, page", [("costs", SHOW_O), ("study", STUDY), ("over_t", STUDY),
                                           ("changes", STUDY), ("figures", None)])
 def test_tables_are_what_their_scripts_print(script, page, tmp_path, capsys, monkeypatch):
-    """Or printed once, where runs are too large to keep. A folder without runs is one line."""
+    """Or printed once, where runs are too large to keep. A folder without runs gives one line."""
     kept = HERE / "assets" / f"{script}.txt"
     path = str(HERE / "assets" / f"{script}.py")
     monkeypatch.setattr(M, "MagvitDecoder", Decoder)
