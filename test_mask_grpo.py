@@ -1217,11 +1217,11 @@ def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, numb
 
 
 def test_a_second_stop_waits_for_the_save_of_the_first(stoppable, monkeypatch, whole):
-    """Ctrl-C in update 3, and again while its state is written."""
+    """Ctrl-C in update 4, and again while the state after update 3 is written."""
     save = torch.save
 
     def impatient(state, path):
-        if len(state.get("state", {}).get("rows", [])) == 2:
+        if len(state.get("state", {}).get("rows", [])) == 3:
             signal.raise_signal(signal.SIGINT)
         save(state, path)
 
@@ -1230,10 +1230,10 @@ def test_a_second_stop_waits_for_the_save_of_the_first(stoppable, monkeypatch, w
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setitem(R.REWARDS, "red", red_but(stop, BEFORE + 4))
+        patch.setitem(R.REWARDS, "red", red_but(stop, BEFORE + 5))
         with pytest.raises(SystemExit, match="stopped"):
             M.main(flags(out="cut", **RESUMED))
-    assert len(saved("cut")["state"]["rows"]) == 2
+    assert len(saved("cut")["state"]["rows"]) == 3
     monkeypatch.setattr(torch, "save", save)
     M.main(["--resume", "--out", "cut"])
     check_equal(saved("cut"), read_rows("cut"), whole)
