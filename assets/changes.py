@@ -53,16 +53,44 @@ def by_cell(x):
     return x.view(-1, SIDE, 2, SIDE, 2).transpose(2, 3).reshape(-1, SIDE ** 2, 4)
 
 
+def percent(x):
+    """The share of a bool tensor that is True, in percent -> float"""
+    return 100 * x.double().mean().item()
+
+
+def commonest_color(images, captions):
+    """The share of the commonest colour where captions leave all colours open, in percent"""
+    colors = collections.Counter()
+    for cells, caption in zip(reward.look(images).tolist(), captions):
+        wanted, _ = reward.WANTED[caption]
+        if all(color is None for _, color, _ in wanted):
+            colors.update(reward.OBJECTS[o][1] for o in cells if o >= 0)
+    return 100 * max(colors.values()) / sum(colors.values())
+
+
+def first_entropy(policy, captions):
+    """The entropy of a draw of the first step, in bits, averaged over captions and positions"""
+    masks = torch.full((len(captions), policy.num_tokens), policy.codebook_size)
+    with torch.no_grad():
+        logp = policy(policy.encode(captions), masks).log_softmax(-1)               # (C, 36, K)
+    return -(logp.exp() * logp).sum(-1).mean().item() / math.log(2)
+
+
 def measure(policy, splits, config):
     """MEASURES of a policy, and the tokens per picture for each kind and step -> dict, (3, T)"""
-    n, T = config.eval_pictures, config.eval_steps
-    prompts = [texts[i % len(texts)] for split in splits for texts in split.values()
-               for i in range(n)]                                   # in the order of evaluate
+    n = config.eval_pictures
+    T = config.eval_steps
+    prompts = []                                                    # in the order of evaluate
+    for split in splits:
+        for texts in split.values():
+            prompts += [texts[i % len(texts)] for i in range(n)]
     generator = torch.Generator().manual_seed(config.seed + 1)      # with its noise, too
     trajectory = mask_grpo.sample(policy, prompts, config, T, generator)
     half = len(prompts) // 2                                        # the training captions
-    held, codes = prompts[half:], trajectory.tokens[half:]          # B, (B, 36)
-    tokens, steps = by_cell(codes), by_cell(trajectory.revealed_at[half:]) + 1      # (B, 9, 4)
+    held = prompts[half:]                                           # B
+    codes = trajectory.tokens[half:]                                # (B, 36)
+    tokens = by_cell(codes)                                         # (B, 9, 4)
+    steps = by_cell(trajectory.revealed_at[half:]) + 1              # (B, 9, 4)
     images = [Image.fromarray(x) for x in policy.decode(codes).numpy()]
 
     # an object is a cell with a tile in it, whole or broken
@@ -70,30 +98,30 @@ def measure(policy, splits, config):
     there = drawn.any(-1)                                           # (B, 9)
     begun = torch.where(drawn, steps, 99).amin(-1)                  # (B, 9)
     ended = torch.where(drawn, steps, 0).amax(-1)                   # (B, 9)
-    together = [len(set(row)) < len(row) for row in (b[a].tolist() for b, a in zip(begun, there))]
+    together = []
+    for i in range(len(held)):
+        first_steps = begun[i][there[i]].tolist()
+        together.append(len(set(first_steps)) < len(first_steps))
 
-    colors = collections.Counter(
-        reward.OBJECTS[o][1] for cells, caption in zip(reward.look(images).tolist(), held)
-        if all(color is None for _, color, _ in reward.WANTED[caption][0]) for o in cells if o >= 0)
-    masks = torch.full((len(set(held)), policy.num_tokens), policy.codebook_size)
-    with torch.no_grad():
-        logp = policy(policy.encode(sorted(set(held))), masks).log_softmax(-1)      # (C, 36, K)
-    first, objects, ground = (torch.bincount(x, minlength=T + 1)[1:]                # (T,) each
-                              for x in (begun[there], steps[drawn], steps[~drawn]))
+    first = torch.bincount(begun[there], minlength=T + 1)[1:]       # (T,)
+    objects = torch.bincount(steps[drawn], minlength=T + 1)[1:]     # (T,)
+    ground = torch.bincount(steps[~drawn], minlength=T + 1)[1:]     # (T,)
     return {
-        "right": 100 * reward.shapes_correct(images, held).mean().item(),
-        "first": begun[there].double().mean().item(), "last": ended[there].double().mean().item(),
-        "late": 100 * (begun[there] > T - 3).double().mean().item(),
+        "right": percent(reward.shapes_correct(images, held)),
+        "first": begun[there].double().mean().item(),
+        "last": ended[there].double().mean().item(),
+        "late": percent(begun[there] > T - 3),
         "together": 100 * statistics.mean(together),
         "distinct": 100 * len({tuple(x) for x in codes.tolist()}) / len(held),
-        "commonest": 100 * max(colors.values()) / colors.total(),
-        "entropy": -(logp.exp() * logp).sum(-1).mean().item() / math.log(2),
+        "commonest": commonest_color(images, held),
+        "entropy": first_entropy(policy, sorted(set(held))),
     }, torch.stack([ground, first, objects - first]) / len(held)
 
 
 def main(runs):
-    """Print the table, and what each step reveals."""
-    found, revealed = {"base": [], "trained": []}, {"base": 0, "trained": 0}
+    """Print the table, and what each step reveals"""
+    found = {"base": [], "trained": []}
+    revealed = {"base": 0, "trained": 0}
     for run in runs:
         for name, policy, config, splits in policies(run):
             numbers, kinds = measure(policy, splits, config)

@@ -29,7 +29,9 @@ import reward  # noqa: E402
 import study  # noqa: E402
 
 WIDTH = 1000                                    # of all figures; a phone shows 390 of them
-KEPT, DISCARDED, INK = "#1b6e3c", "#a33b2e", "black"
+KEPT = "#1b6e3c"
+DISCARDED = "#a33b2e"
+INK = "black"
 # one step
 DRAWN = ("sky", "cat", "sky", "dog")
 NOISY_CONFIDENCE = (-0.3, -2.1, -0.9, -1.6)     # the two highest are kept
@@ -39,7 +41,8 @@ FACTORS = (                                     # what each definition multiplie
     ("ar", ("p(sky)", "p(cat)", "p(sky)", "p(dog)")),
     ("p2", ("p(sky)", "", "p(sky)", "")),
     ("p1", ("p(sky)", "P(below)", "p(sky)", "P(below)")))
-LEFT, COLUMN = 220, 190
+LEFT = 220
+COLUMN = 190
 # what a step reveals, in the order of changes.txt
 KINDS = (("background", "#d0d0d0"), ("an object's first tile", "#c04a1a"),
          ("its other tiles", "#f2b48c"))
@@ -72,48 +75,61 @@ def tokens(draw, y, title, names):
         write(draw, x + COLUMN // 2, y, name)
 
 
+def number_line(draw, top, scale):
+    """The noisy confidences of the four draws as bars below a line at 0, and their threshold"""
+    write(draw, 20, top + 70, "noisy", anchor="lm")
+    write(draw, 20, top + 106, "confidence", anchor="lm")
+    draw.line((LEFT, top, LEFT, top + 2.4 * scale), INK, 2)
+    for tick in (0, -1, -2):
+        y = top - tick * scale
+        draw.line((LEFT - 6, y, LEFT + 6, y), INK, 2)
+        write(draw, LEFT - 14, y, str(tick), 26, anchor="rm")
+    for i, value in enumerate(NOISY_CONFIDENCE):
+        x = LEFT + i * COLUMN + COLUMN // 2
+        y = top - value * scale
+        color = KEPT if value >= THRESHOLD else DISCARDED
+        draw.line((x, top, x, y), "#c0c0c0", 3)
+        draw.ellipse((x - 11, y - 11, x + 11, y + 11), color)
+        lower = 14 if value == THRESHOLD else 0             # beside the dashed line
+        write(draw, x + 20, y + lower, f"{value:.1f}", 28, anchor="lm")
+    y = top - THRESHOLD * scale
+    for x in range(LEFT, WIDTH - 20, 20):                   # dashed
+        draw.line((x, y, x + 10, y), INK, 3)
+    write(draw, LEFT + 2 * COLUMN, y - 20, "threshold", 28)
+
+
+def products(draw, top):
+    """What each definition multiplies, a row each"""
+    for row, (name, factors) in enumerate(FACTORS):
+        y = top + 60 * row
+        write(draw, 20, y, f"{name} =", 34, anchor="lm")
+        seen = False
+        for i, factor in enumerate(factors):
+            x = LEFT + i * COLUMN
+            color = KEPT if factor == "p(sky)" else DISCARDED
+            write(draw, x + COLUMN // 2, y, factor, color=color)
+            if factor and seen:
+                write(draw, x, y, "x")
+            seen = seen or factor != ""
+
+
 def one_step():
     """Four positions: draws, noisy confidences with their threshold, outcome, factors -> Image"""
     image = Image.new("RGB", (WIDTH, 800), "white")
     draw = ImageDraw.Draw(image)
     tokens(draw, 60, "state", ("MASK",) * 4)
     tokens(draw, 150, "draws", DRAWN)
+    number_line(draw, top=220, scale=80)                    # pixels per unit of log-probability
 
-    top, scale = 220, 80                                    # pixels per unit of log-probability
-    write(draw, 20, top + 70, "noisy", anchor="lm")
-    write(draw, 20, top + 106, "confidence", anchor="lm")
-    draw.line((LEFT, top, LEFT, top + 2.4 * scale), INK, 2)                 # the number line
-    for tick in (0, -1, -2):
-        y = top - tick * scale
-        draw.line((LEFT - 6, y, LEFT + 6, y), INK, 2)
-        write(draw, LEFT - 14, y, str(tick), 26, anchor="rm")
+    names = []
     for i, value in enumerate(NOISY_CONFIDENCE):
-        x, y = LEFT + i * COLUMN + COLUMN // 2, top - value * scale
-        draw.line((x, top, x, y), "#c0c0c0", 3)
-        draw.ellipse((x - 11, y - 11, x + 11, y + 11), KEPT if value >= THRESHOLD else DISCARDED)
-        write(draw, x + 20, y + (14 if value == THRESHOLD else 0), f"{value:.1f}", 28, anchor="lm")
-    y = top - THRESHOLD * scale
-    for x in range(LEFT, WIDTH - 20, 20):                   # dashed
-        draw.line((x, y, x + 10, y), INK, 3)
-    write(draw, LEFT + 2 * COLUMN, y - 20, "threshold", 28)
-
-    tokens(draw, 480, "next state", [name if value >= THRESHOLD else "MASK"
-                                     for name, value in zip(DRAWN, NOISY_CONFIDENCE)])
-    for i, value in enumerate(NOISY_CONFIDENCE):
+        kept = value >= THRESHOLD
+        names.append(DRAWN[i] if kept else "MASK")
         write(draw, LEFT + i * COLUMN + COLUMN // 2, 536,
-              "revealed: U" if value >= THRESHOLD else "masked: R", 26)
+              "revealed: U" if kept else "masked: R", 26)
+    tokens(draw, 480, "next state", names)
     draw.line((20, 562, WIDTH - 20, 562), "gray", 2)
-    for row, (name, factors) in enumerate(FACTORS):
-        y = 604 + 60 * row
-        write(draw, 20, y, f"{name} =", 34, anchor="lm")
-        seen = False
-        for i, factor in enumerate(factors):
-            x = LEFT + i * COLUMN
-            write(draw, x + COLUMN // 2, y, factor,
-                  color=KEPT if factor == "p(sky)" else DISCARDED)
-            if factor and seen:
-                write(draw, x, y, "x")
-            seen = seen or bool(factor)
+    products(draw, top=604)
     text = "P(below): the chance that a fresh draw here ranks below the threshold"
     write(draw, 20, 770, text, 28, anchor="lm")
     return image
@@ -145,7 +161,8 @@ def pixels(codes, masked=None):
     if masked is not None:
         tiles[masked] = 205
         tiles[masked, 0] = tiles[masked, :, 0] = 180                            # lines between them
-    side, p = reward.GRID, reward.TILE
+    side = reward.GRID
+    p = reward.TILE
     rows = tiles.view(side, side, p, p, 3).transpose(1, 2)                      # (6, p, 6, p, 3)
     return Image.fromarray(rows.reshape(side * p, side * p, 3).numpy())
 
@@ -163,7 +180,8 @@ def base_and_trained():
     image = Image.new("RGB", (WIDTH, 560), "white")
     draw = ImageDraw.Draw(image)
     for i, caption in enumerate(kept["captions"]):
-        x, y = 12 + i % 3 * 332, 76 + i // 3 * 280
+        x = 12 + i % 3 * 332
+        y = 76 + i // 3 * 280
         for j, line in enumerate(textwrap.wrap(caption, 21)[::-1]):
             write(draw, x, y - 10 - 31 * j, line, 29, anchor="ls")
         for j, name in enumerate(("base", "trained")):
@@ -181,9 +199,12 @@ def unmasking(columns=4):
     The last one that only the trained policy gets right; the last of all if there is none.
     """
     kept = read_pictures()
-    base, trained = (reward.shapes_correct([*map(pixels, kept[name]["tokens"])], kept["captions"])
-                     for name in ("base", "trained"))
-    i = max((trained > base).nonzero()[:, 0].tolist(), default=-1)
+    right = {}
+    for name in ("base", "trained"):
+        images = [pixels(codes) for codes in kept[name]["tokens"]]
+        right[name] = reward.shapes_correct(images, kept["captions"])       # (6,)
+    fixed = (right["trained"] > right["base"]).nonzero()[:, 0].tolist()
+    i = max(fixed, default=-1)
     steps = 1 + max(kept["base"]["revealed_at"][i])
     image = Image.new("RGB", (WIDTH, 640), "white")
     draw = ImageDraw.Draw(image)
@@ -191,7 +212,9 @@ def unmasking(columns=4):
     for row, name in enumerate(("base", "trained")):
         revealed_at = torch.tensor(kept[name]["revealed_at"][i])
         for column in range(columns):
-            x, y, t = 10 + 248 * column, 72 + 290 * row, steps * (column + 1) // columns
+            x = 10 + 248 * column
+            y = 72 + 290 * row
+            t = steps * (column + 1) // columns
             shown = pixels(kept[name]["tokens"][i], revealed_at >= t)
             image.paste(framed(shown, 5), (x, y))
             write(draw, x, y + 262, f"{name}, step {t}", 30, anchor="lm")
@@ -203,20 +226,25 @@ def revealing():
 
     A column is a step. It is divided into background, first tiles of objects, and other tiles.
     """
-    lines = [line.rsplit(": ", 1) for line in
-             (HERE / "changes.txt").read_text(encoding="utf-8").splitlines() if line[0] != "|"]
+    parts = {"base": [], "trained": []}
+    for line in (HERE / "changes.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            name, _, values = line.split(": ")
+            parts[name].append([float(x) for x in values.split()])
     image = Image.new("RGB", (WIDTH, 560), "white")
-    draw, bottom, scale, wide = ImageDraw.Draw(image), 430, 68, 34
-    for i, name in enumerate(("base", "trained")):
+    draw = ImageDraw.Draw(image)
+    bottom = 430
+    scale = 68                                              # pixels per token
+    wide = 34                                               # pixels per step
+    for i, (name, title) in enumerate((("base", "base"), ("trained", "after Mask-GRPO"))):
         x0 = 60 + 490 * i
-        write(draw, x0, 36, {"base": "base", "trained": "after Mask-GRPO"}[name], 36, anchor="lm")
-        parts = [[float(x) for x in values.split()] for key, values in lines
-                 if key.startswith(f"{name}: ")]
-        for t, column in enumerate(zip(*parts)):
-            x, y = x0 + t * (wide + 3), bottom
-            for value, (_, color) in zip(column, KINDS):
-                draw.rectangle((x, y - value * scale, x + wide - 1, y), color)
-                y -= value * scale
+        write(draw, x0, 36, title, 36, anchor="lm")
+        for t in range(len(parts[name][0])):
+            x = x0 + t * (wide + 3)
+            y = bottom
+            for values, (_, color) in zip(parts[name], KINDS):
+                draw.rectangle((x, y - values[t] * scale, x + wide - 1, y), color)
+                y -= values[t] * scale
             write(draw, x + wide / 2, bottom + 22, str(t + 1), 26)
         write(draw, x0 + 6 * (wide + 3), bottom + 56, "step", 28)
         for count in range(0, 6, 2):
@@ -233,28 +261,37 @@ def revealing():
 def curves():
     """The rewards of the runs kept for each of CURVES, smoothed -> a list of (S, updates)"""
     runs = study.read_runs(HERE / "study.tar.xz")
-    rewards = [[[float(row["reward"]) for row in run["rows"]] for run in runs[flags]]
-               for _, flags, _ in CURVES]
-    seeds = min(len(kept) for kept in rewards)
-    padded = [F.pad(torch.tensor(kept[:seeds])[:, None], (SMOOTH // 2,) * 2, "replicate")
-              for kept in rewards]                                          # (S, 1, updates + 4)
-    return [x.unfold(-1, SMOOTH, 1).mean(-1)[:, 0] for x in padded]
+    seeds = min(len(runs[flags]) for _, flags, _ in CURVES)
+    smooth = []
+    for _, flags, _ in CURVES:
+        rewards = []
+        for run in runs[flags][:seeds]:
+            rewards.append([float(row["reward"]) for row in run["rows"]])
+        padded = F.pad(torch.tensor(rewards)[:, None], (SMOOTH // 2, SMOOTH // 2), "replicate")
+        smooth.append(padded.unfold(-1, SMOOTH, 1).mean(-1)[:, 0])          # (S, updates)
+    return smooth
 
 
 def chart(low=0.2):
     """The mean over seeds and their range, for each of CURVES -> Image"""
     image = Image.new("RGB", (WIDTH, 600), "white")
-    runs, draw, (left, top, right, bottom) = curves(), ImageDraw.Draw(image), (80, 80, 970, 490)
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = (80, 80, 970, 490)
+    runs = curves()
     updates = runs[0].shape[1]
     write(draw, 20, 34, "mean training reward", 36, anchor="lm")
 
+    def height(value):
+        return bottom - (bottom - top) * (value - low) / (1 - low)
+
     def points(values):
-        return [(left + (right - left) * i / (updates - 1),
-                 bottom - (bottom - top) * (value - low) / (1 - low))
-                for i, value in enumerate(values.tolist())]
+        found = []
+        for i, value in enumerate(values.tolist()):
+            found.append((left + (right - left) * i / (updates - 1), height(value)))
+        return found
 
     for tenth in range(round(low * 10), 11, 2):
-        y = bottom - (bottom - top) * (tenth / 10 - low) / (1 - low)
+        y = height(tenth / 10)
         draw.line((left, y, right, y), "#d9d9d9", 2)
         write(draw, left - 14, y, f"{tenth / 10:.1f}", 30, anchor="rm")
     for update in (1, *range(9, updates + 1, 9)):
@@ -284,11 +321,13 @@ def hacking(columns=4):
         x = 14 + 246 * i
         for j, line in enumerate(textwrap.wrap(kept["captions"][i + 2], 15)[::-1]):
             write(draw, x, 104 - 32 * j, line, 29, anchor="ls")
-        for row, name in enumerate([*RUNS][1:]):
+        for row, name in enumerate(list(RUNS)[1:]):
             y = 118 + 250 * row
             image.paste(framed(pixels(kept[name]["tokens"][i + 2]), 4), (x, y))
             if i == 0:
-                beta = (RUNS[name].split("--beta=") + ["0"])[1]
+                beta = "0"
+                if "--beta=" in RUNS[name]:
+                    beta = RUNS[name].split("--beta=")[1]
                 write(draw, x, y + 216, f"beta {beta}", 30, anchor="lm")
     return image
 

@@ -11,7 +11,11 @@ def recall(images, prompts):
     for cells, prompt in zip(reward.look(images).tolist(), prompts):
         wanted, _ = reward.WANTED[prompt]
         there = [reward.OBJECTS[o] for o in cells if o >= 0]
-        found = [min(count, sum(s == shape and color in (None, c) for s, c in there))
-                 for count, color, shape in wanted]
-        shares.append(sum(found) / sum(count for count, _, _ in wanted))
+        asked = 0
+        found = 0
+        for count, color, shape in wanted:
+            matching = [c for s, c in there if s == shape and color in (None, c)]
+            asked += count
+            found += min(count, len(matching))
+        shares.append(found / asked)
     return torch.tensor(shares)

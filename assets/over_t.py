@@ -16,21 +16,29 @@ import reward  # noqa: E402
 TIMES = (10, 11, 12, 13, 14, 15, 18, 36)
 
 
-def shares(run):
-    """A run's folder -> its seed, and two lists: base and trained policy at each of TIMES"""
+def shares(policy, config, splits):
+    """The share of correct held-out pictures at each of TIMES, in percent -> list"""
     found = []
-    for _, policy, config, splits in changes.policies(run):
-        scores = [mask_grpo.evaluate(policy, reward.shapes_correct, splits,
-                                     dataclasses.replace(config, eval_steps=T), 0)["scores"]
-                  for T in TIMES]                                   # (2, C, n) each
-        found.append([100 * each[1].mean() for each in scores])     # held-out captions, in percent
-    return config.seed, found
+    for T in TIMES:
+        other = dataclasses.replace(config, eval_steps=T)
+        evaluation = mask_grpo.evaluate(policy, reward.shapes_correct, splits, other, 0)
+        found.append(100 * evaluation["scores"][1].mean())
+    return found
+
+
+def main(runs):
+    """Print a row per run"""
+    print(f"| %, at T = | {' | '.join(str(T) for T in TIMES)} |")
+    print("|---" * (len(TIMES) + 1) + "|")
+    for run in runs:
+        rows = {}
+        for name, policy, config, splits in changes.policies(run):
+            rows[name] = shares(policy, config, splits)
+        cells = []
+        for base, trained in zip(rows["base"], rows["trained"]):
+            cells.append(f"{base:.0f} → {trained:.0f}")
+        print(f"| seed {config.seed} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    print(f"| %, at T = | {' | '.join(map(str, TIMES))} |")
-    print("|---" * (len(TIMES) + 1) + "|")
-    for run in sys.argv[1:]:
-        seed, rows = shares(run)
-        cells = " | ".join(f"{base:.0f} → {trained:.0f}" for base, trained in zip(*rows))
-        print(f"| seed {seed} | {cells} |", flush=True)
+    main(sys.argv[1:])
