@@ -477,6 +477,7 @@ def test_equal_rewards_have_an_advantage_of_exactly_0():
     equal = torch.full((1, 6), 5.37)
     assert (equal - equal.mean()).abs().max() > 0 and (M.group_advantage(equal) == 0).all()
     assert M.group_std(equal).item() == 0
+    assert M.group_advantage(torch.tensor([[0.0, 1e-6]])).abs().max() < 0.01    # rounding errors
     offset = torch.tensor([[1000.25, 1000.5, 1000.0]])
     assert torch.equal(M.group_advantage(offset), M.group_advantage(offset - 1000))
 
@@ -485,6 +486,7 @@ def test_equal_rewards_have_an_advantage_of_exactly_0():
     ([5] * 9 + [*range(1, 92)], 0.1, [0, 0.5, 50], [False, False, True]),   # the 10th percentile: 5
     ([0] * 50, 0.1, [0, 0.5], [False, True]),               # nothing is below 0, but 0 vanishes
     ([1.0] * 31, 0.1, [0.1, 0.0], [True, True]),            # too short a history
+    ([1.0] * 32, 0.1, [0.1, 0.0], [False, False]),          # long enough
     ([100] * 40 + [1] * 512, 0.95, [1.0], [True]),          # hundreds are forgotten, 1 is not below
     ([100] * 40 + [1] * 472, 0.95, [1.0], [False]),         # but not before
     ([5.0] * 50, 0.0, [0, 1], [True, True])])               # switched off
@@ -680,6 +682,7 @@ def test_random_steps_differ_between_pictures_and_updates():
     first = M.choose_steps(1000, 5, config, generator)                          # (2000, 2)
     second = M.choose_steps(1000, 5, config, generator)                         # (2000, 2)
     assert not torch.equal(first, second)
+    assert torch.equal(first, M.choose_steps(1000, 5, config, seeded(0)))
     twice = [i for i in range(1000) for _ in range(2)]
     for pairs in (first, second):
         assert pairs[:, 0].tolist() == twice
@@ -774,18 +777,23 @@ def test_later_epochs_leave_ratio_one_and_clipping_acts(batch):
         assert (log["clip"] > 0) == (high == 0.0)
 
 
-def test_inner_epochs_have_a_step_between_them_and_none_after_the_last(batch):
-    """With three: two steps, and a gradient that waits for the third."""
+def test_inner_epochs_have_a_step_between_them_and_none_after_the_last(batch, monkeypatch):
+    """With three: two steps, and a gradient that waits for the third. It is that of the last epoch
+    alone, and so are the numbers of the log. All epochs share their random pairs."""
     fresh = shapes()
-    optimizer = torch.optim.SGD(fresh.parameters(), lr=1e-3)
-    steps = []
-
-    def count(optimizer, arguments, keywords):
-        steps.append(1)
-
-    optimizer.register_step_pre_hook(count)
-    M.learn(fresh, None, optimizer, *batch, tiny(inner_epochs=3), seeded(0))
-    assert len(steps) == 2 and fresh.showo.lm_head.weight.grad.abs().max() > 0
+    config = tiny(inner_epochs=3, score_steps=2, micro_batch=999)
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=1e-2)
+    steps = record(monkeypatch, optimizer, "step")
+    choices = record(monkeypatch, M, "choose_steps")
+    losses = record(monkeypatch, M, "grpo_loss")
+    log = M.learn(fresh, None, optimizer, *batch, config, seeded(0))
+    assert len(steps) == 2 and len(choices) == 1 and len(losses) == 3
+    _, details = losses[2][1]
+    assert log["ratio"] == pytest.approx(details["ratio"].mean().item())
+    assert log["ratio"] != pytest.approx(1, abs=1e-4)
+    once, _ = gradient(shapes(), tiny(), batch)
+    thrice, _ = gradient(shapes(), tiny(inner_epochs=3), batch)             # at a rate of 0
+    assert torch.allclose(once, thrice)
 
 
 @pytest.mark.parametrize("what", ["loss", "grad"])
@@ -969,9 +977,16 @@ def test_the_row_of_an_evaluated_update_has_the_held_out_mean(tmp_path, monkeypa
     ({"inner_epochs": 2}, r"ratio \d\.\d+ clip \d+%", "kl")])
 def test_the_log_leaves_constants_out_and_time_left_falls(tmp_path, monkeypatch, capsys, settings,
                                                           shown, hidden):
-    """By the clock of this test, each of 8 updates takes ten seconds."""
+    """By the clock of this test, each of 8 updates takes ten seconds. Evaluations do not count."""
     clock = itertools.count(0, 10)
+    evaluate = M.evaluate
+
+    def evaluate_slowly(*arguments):
+        next(clock)
+        return evaluate(*arguments)
+
     monkeypatch.setattr(M.time, "time", clock.__next__)
+    monkeypatch.setattr(M, "evaluate", evaluate_slowly)
     run(tmp_path, updates=8, **settings)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("update   ")]
     left = []
@@ -1012,18 +1027,30 @@ def test_a_reward_that_is_also_the_measure_is_made_once(tmp_path, monkeypatch):
 
 
 def test_an_update_without_a_live_group_changes_nothing_and_goes_on(tmp_path, monkeypatch):
-    """All pictures are worth the same and the filter is warm: no step, a row of zeros."""
+    """In updates 2 and 3 all pictures are worth the same, and the filter is warm: rows of zeros, and
+    no step, not even of weight decay or of the momentum from update 1."""
     class Warm(M.SampleFilter):
         def __init__(self, quantile):
             super().__init__(quantile)
-            self.history.extend([1.0] * 40)
+            self.history.extend([1e-9] * 40)
 
+    seen = []
+    calls = itertools.count(1)
+
+    def red_once(images, prompts):
+        if next(calls) <= BEFORE + 1:
+            return red(images, prompts)
+        seen.append([p.detach().clone() for p in policies[0][1].parameters()])
+        return worthless(images, prompts)
+
+    policies = record(monkeypatch, M, "make_policy")
     monkeypatch.setattr(M, "SampleFilter", Warm)
-    monkeypatch.setitem(R.REWARDS, "red", worthless)
-    checkpoint, rows = run(tmp_path, reward="red", weight_decay=0.5)
+    monkeypatch.setitem(R.REWARDS, "red", red_once)
+    checkpoint, rows = run(tmp_path, reward="red", weight_decay=0.5, updates=3)
+    assert same(seen[0], seen[-1])
     base = torch.load(tmp_path / "base-0-16-1-2.pt")
-    assert same(base.values(), checkpoint["policy"].values())
-    for row in rows:
+    assert not same(base.values(), checkpoint["policy"].values())
+    for row in rows[1:]:
         assert (row["live"], row["sampled"], float(row["reward"])) == ("0", "6", 0.0)
         assert float(row["loss"]) == float(row["grad"]) == float(row["reward_se"]) == 0
 
@@ -1135,7 +1162,8 @@ def test_a_run_on_every_device_that_is_there(device, tmp_path):
     assert not same(first["policy"].values(), last["policy"].values())
 
 
-RESUMED = {"reward": "red", "updates": 4, "filter_tries": 0, "beta": 0.1, "eval_every": 2}
+RESUMED = {"reward": "red", "updates": 4, "filter_tries": 0, "beta": 0.1, "eval_every": 2,
+           "score_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -1144,6 +1172,12 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(R.REWARDS, "red", red)
         return run(tmp_path_factory.mktemp("whole"), **RESUMED)
+
+
+def test_the_kl_is_to_the_base(whole):
+    """It is 0 before the first step, and not after it."""
+    _, rows = whole
+    assert abs(float(rows[0]["kl"])) < 1e-6 and float(rows[1]["kl"]) > 1e-6
 
 
 def check_equal(checkpoint, rows, whole):
@@ -1299,17 +1333,21 @@ def test_a_run_in_a_thread_and_without_stdout(tmp_path, monkeypatch):
     assert len(saved("out")["state"]["rows"]) == 2
 
 
-@pytest.mark.parametrize("call, done", [(0, 0), (1, 0), (2, 1), (3, 2)])
-def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monkeypatch, call, done):
+@pytest.mark.parametrize("call, done, error", [
+    (0, 0, KeyError), (1, 0, KeyError), (2, 1, KeyError), (3, 2, KeyError), (2, 1, SystemExit)])
+def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monkeypatch, call, done,
+                                                                 error):
     """The reward fails in the base's evaluation, in update 1 or 2, or in the last evaluation. A
     resumed run repeats a failed evaluation, even when all updates are done."""
     def bug():
-        raise KeyError("a bug of the user's")
+        if call in (1, 2):
+            assert len(read_rows("cut")) == done        # what a kill would leave
+        raise error("a bug of the user's")
 
     settings = {"reward": "red", "filter_tries": 0}
     with monkeypatch.context() as patch:
         patch.setitem(R.REWARDS, "red", red_but(bug, BEFORE + call))
-        with pytest.raises(KeyError, match="a bug of the user's"):
+        with pytest.raises(error, match="a bug of the user's"):
             run(tmp_path / "cut", **settings)
     assert len(saved("cut")["state"]["rows"]) == done
     checkpoint, rows = run(tmp_path / "cut", resume=True, **settings)
@@ -1332,7 +1370,7 @@ def test_a_failing_message_loses_no_update(tmp_path, monkeypatch):
     monkeypatch.setitem(R.REWARDS, "red", red_but(close, BEFORE + 2))
     with pytest.raises(BrokenPipeError):
         M.main(flags(out="out", reward="red", updates=5, filter_tries=0))
-    assert len(saved("out")["state"]["rows"]) == 2
+    assert len(saved("out")["state"]["rows"]) == len(read_rows("out")) == 2
 
 
 def test_divergence_leaves_the_last_sound_checkpoint(tmp_path, monkeypatch):
@@ -1796,6 +1834,10 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
                           (tmp_path / "other.pth", 0)):
         assert M.read_weights(source)["x"] == value
     assert asked == ["owner/name/pytorch_model.safetensors", "owner/name/a/other.pth"]
+    torch.save(Code(), tmp_path / "code.pth")
+    with pytest.raises(R.InputError, match="code.pth"):
+        M.read_weights(tmp_path / "code.pth")
+    assert not pathlib.Path("written by code").exists()
 
 
 def test_full_size_has_the_published_names_and_shapes():
@@ -2033,7 +2075,9 @@ def test_evaluation_measures_each_caption_in_its_own_category(policy, capsys):
     other = tiny(eval_pictures=5, lr=0.1, groups=7, group_size=3, steps=2)
     result = M.evaluate(policy, number, splits, other, 7)
     assert torch.equal(seen[0], seen[1])
-    assert torch.equal(result["pictures"], seen[0].view(2, 6, 5, 48, 48, 3)[:, :, :4])
+    pictures = result["pictures"]
+    assert torch.equal(pictures, seen[0].view(2, 6, 5, 48, 48, 3)[:, :, :4])
+    assert pictures.untyped_storage().nbytes() == pictures.numel()      # saved without the others
     for split, scores in zip(splits, result["scores"]):
         for texts, row in zip(split.values(), scores.tolist()):
             assert [EVERY_CAPTION[int(x) - 100] for x in row] == (texts * 5)[:5]
@@ -2193,14 +2237,34 @@ def test_generating_in_genevals_layout(generated, tmp_path, monkeypatch):
     assert generated("again", steps=2) == first
 
 
+def test_a_stop_while_pictures_are_made(generated, tmp_path, stoppable, monkeypatch):
+    """SIGTERM before the third picture of the second caption: it is made again on --resume."""
+    save = Image.Image.save
+    calls = itertools.count(1)
+
+    def stop(self, path):
+        if next(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", stop)
+        with pytest.raises(SystemExit, match="stopped; to continue: .* --resume"):
+            generated("cut")
+    assert (tmp_path / "cut/00000/metadata.jsonl").exists()
+    assert not (tmp_path / "cut/00001/metadata.jsonl").exists()
+    assert generated("cut", "--resume") == generated("whole")
+
+
 def test_pictures_of_other_settings_are_not_mixed(generated, showo, tmp_path, monkeypatch, capsys):
-    """Other guidance, seed, weights give other pictures, each in a folder of its own; so does a
-    list with fewer captions."""
+    """Other settings and weights give other pictures, each in a folder of its own; so does a list
+    with fewer captions."""
     first = generated("first")
     path = tmp_path / "other.pt"
     other = M.load_showo(showo["showo"], showo["magvit"]).state_dict()
     torch.save({name: x + 0.1 for name, x in other.items()}, path)
-    for settings in ({"guidance": 3}, {"seed": 1}, {"weights": path}):
+    for settings in ({"guidance": 3}, {"seed": 1}, {"weights": path}, {"temperature": 9.0},
+                     {"eval_steps": 3}):
         with pytest.raises(SystemExit, match="choose another --out"):
             generated("first", "--resume", **settings)
         others = generated(f"other{list(settings)}", **settings)
@@ -2219,6 +2283,10 @@ def test_weights_of_a_run_bring_its_settings(tmp_path):
     config = M.parse(["--weights", weights, "--guidance", "1"])
     assert (config.width, config.layers, config.temperature) == (32, 1, 0.5)
     assert (config.eval_steps, config.guidance, config.steps) == (4, 1.0, 12)
+    config = M.parse(["--weights", weights, "--model", "owner/name", "--prompts", "x"])
+    assert (config.guidance, config.steps) == (2.0, 50)
+    save_file({"x": torch.zeros(1)}, "other.safetensors")
+    assert M.parse(["--weights", "other.safetensors"]).temperature == 2.0
     (tmp_path / "captions.txt").write_text("a star\n")
     M.main(["--weights", weights, "--generate", "captions.txt", "--out", "pictures"])
     M.main([*flags(out="next", width=32), "--weights", weights])
@@ -2310,7 +2378,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("words, named", [
     ("--resume --lr 1e-5", "--lr 1e-05: the run has 0.0015"), ("", "use --resume to continue it"),
-    ("--resume --no-divide-by-std", "--divide-by-std"),
+    ("--resume --no-divide-by-std", "--divide-by-std"), ("--resume --measure shapes", "--measure"),
     ("--resume --updates 1", "must be at least 2"),
     ("--resume --prompts stars.txt", "captions"), ("--generate stars.txt --weights x", "exists")])
 def test_a_folder_that_holds_a_run_stays_as_it_is(words, named, finished, capsys, monkeypatch):
@@ -2343,8 +2411,8 @@ def test_a_resumed_run_keeps_all_but_a_few_settings(finished):
                           rollout_batch=5, checkpointing=True, vq_model="x", weights="y")
     M.check_folder(config, finished / "checkpoint.pt", M.load_captions())
     assert M.MAY_CHANGE & {*OTHER} == {"updates"}       # of all that changes the outcome of a run
-    for name, least in M.LEAST.items():
-        assert getattr(M.parse([M.flag(name), str(least)]), name) == least
+    for name in ("seed", "pretrain_steps", "score_steps", "filter_tries", "warmup"):
+        assert getattr(M.parse([M.flag(name), "0"]), name) == 0
     assert M.parse(["--score-steps", "12"]).score_steps == 12
 
 
@@ -2478,6 +2546,7 @@ def test_text_tokens_are_phrases(policy):
     """By hand; no two captions have the same ones, and every phrase is used."""
     assert R.phrases("a red star and a blue circle") == ["a red star", "and a blue circle"]
     assert R.phrases("a star left of a circle") == ["a star", "left of a circle"]
+    assert R.PHRASES == sorted(R.PHRASES)               # the same ids in every process
     assert R.phrases("two stars") == ["two", "stars"]
     assert R.phrases("") == []
     rows = [policy.tokenize(caption) for caption in EVERY_CAPTION]
