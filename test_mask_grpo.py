@@ -999,6 +999,14 @@ def test_the_log_leaves_constants_out_and_time_left_falls(tmp_path, monkeypatch,
                     "left 0:10", "left 0:00"]
 
 
+def test_the_time_left_is_that_of_the_mean_update(capsys):
+    """After 10 and 30 seconds, two more take 40."""
+    row = {"update": 2, "reward": 0.5, "reward_se": "", "live": 1, "sampled": 1, "grad": 0.0,
+           "seconds": 30.0}
+    M.print_update([{**row, "seconds": 10.0}, row], tiny(updates=4))
+    assert capsys.readouterr().out.endswith("| 30.0 s | left 0:40\n")
+
+
 def test_training_raises_the_reward(tmp_path):
     """The slow one: from random weights to more red, on captions that it never trained on."""
     checkpoint, rows = run(tmp_path, reward="red", updates=25, groups=4, lr=3e-3, eval_pictures=8)
@@ -1027,8 +1035,8 @@ def test_a_reward_that_is_also_the_measure_is_made_once(tmp_path, monkeypatch):
 
 
 def test_an_update_without_a_live_group_changes_nothing_and_goes_on(tmp_path, monkeypatch):
-    """In updates 2 and 3 all pictures are worth the same, and the filter is warm: rows of zeros, and
-    no step, not even of weight decay or of the momentum from update 1."""
+    """In updates 2 and 3 all pictures are worth the same, and the filter is warm: rows of zeros,
+    and no step, not even of weight decay or of the momentum from update 1."""
     class Warm(M.SampleFilter):
         def __init__(self, quantile):
             super().__init__(quantile)
@@ -1248,6 +1256,17 @@ def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, numb
     check_equal(saved("cut"), read_rows("cut"), whole)
     assert sorted(os.listdir("cut")) == ["base-0-16-1-2.pt", "checkpoint.pt", "comparison.png",
                                          "metrics.csv", "samples"]
+
+
+def test_a_stop_before_there_is_a_checkpoint_does_not_promise_one(stoppable, monkeypatch):
+    """Ctrl-C in the trial."""
+    def stop():
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setitem(R.REWARDS, "red", red_but(stop, 1))
+    with pytest.raises(SystemExit, match="stopped$"):
+        M.main(flags(out="out", reward="red"))
+    assert not pathlib.Path("out").exists()
 
 
 def test_a_second_stop_waits_for_the_save_of_the_first(stoppable, monkeypatch, whole):
@@ -1546,7 +1565,7 @@ def test_attention_mask_by_hand(policy):
     assert allowed[1, 1].tolist() == [True, True] + [False] * rest and allowed[1, 2:].all()
 
 
-def test_logits_are_the_heads_at_the_picture(policy):
+def test_logits_are_the_heads_at_the_picture(policy, monkeypatch):
     """The model's own, at the image's positions and codes."""
     ids = policy.encode(["a star"])
     tokens = torch.full((1, 36), 49)
@@ -1556,7 +1575,9 @@ def test_logits_are_the_heads_at_the_picture(policy):
     mask = policy.attention_mask(ids)
     logits = policy.showo(whole, attention_mask=mask, use_cache=False).logits   # (1, L, vocabulary)
     expected = logits[:, -37:-1, policy.offset:-1]
+    calls = record(monkeypatch, policy.showo.model, "forward")
     assert torch.allclose(policy(ids, tokens), expected, atol=1e-5)
+    assert calls[0][1].past_key_values is None                  # no cache, which takes memory
 
 
 def test_logits_are_float32_under_autocast():
@@ -1689,7 +1710,16 @@ def test_the_base_learns_from_masked_tokens_only(monkeypatch):
     fresh = shapes()
     passes = record(monkeypatch, fresh, "forward")
     losses = record(monkeypatch, M.F, "cross_entropy")
+    norms = []
+
+    def remember(optimizer, arguments, keywords):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in fresh.parameters()]).item())
+
+    hook = register_optimizer_step_pre_hook(remember)
     M.pretrain(fresh, tiny(pretrain_steps=60))
+    hook.remove()
+    assert max(norms) == pytest.approx(1, abs=1e-3)                             # clipped
+    assert all(p.grad is None for p in fresh.parameters())
     shown = torch.stack([arguments[1] for arguments, _ in passes])              # (60, 32, 36)
     masked = shown == 49
     numbers = torch.tensor([int(text or 0) for text in texts]).view(60, 32, 1)
@@ -1963,7 +1993,8 @@ def test_weights_of_show_o_that_do_not_fit(broken, damage, why, tmp_path, capsys
 
 
 @pytest.mark.parametrize("old, new, why", [
-    (": 11", ": 12", "has 11 tokens"), ("}", "", "JSON"), ("/llm", "/no", "/no"),
+    (": 11", ": 12", "has 11 tokens"), ('{"vocab_size": 54', '{"vocab_size": 55', "leaves 12"),
+    ("}", "", "JSON"), ("/llm", "/no", "/no"),
     ("llm_model_path", "x", "KeyError")])
 def test_a_config_of_show_o_that_does_not_fit(broken, old, new, why, tmp_path, capsys):
     """One line, and before the folder of the run is made."""
@@ -2159,6 +2190,7 @@ def test_a_bug_in_a_model_keeps_its_traceback(own_model):
 
 @pytest.mark.parametrize("name, old, new", [
     ("calm", "return logits", "return torch.nn.functional.dropout(logits, 0.5, self.training)"),
+    ("nearly", "return logits", "return logits + 1e-6 * torch.rand(())"),     # as on a GPU
     ("named", "return self.table.device", "return str(self.table.device)"),
     ("switched_off", "import torch", "import torch\ntorch.set_grad_enabled(False)"),
     ("test", "torch.randn(9", "2 * torch.randn(9"),         # Python has a package of this name
@@ -2167,7 +2199,7 @@ def test_models_that_are_trained(own_model, tmp_path, name, old, new):
     """Dropout is switched off; a device may be a str; gradients are switched on again; the current
     folder comes first; the empty prompt is asked for only with guidance."""
     try:
-        M.main(own_model(name, old, new))
+        M.main([*own_model(name, old, new), "--checkpointing"])     # has no effect on them
     finally:
         torch.set_grad_enabled(True)
         sys.modules.pop("test", None)
@@ -2185,6 +2217,7 @@ def test_an_own_model_is_seeded(own_model):
 
 @pytest.mark.parametrize("answer, error", [
     ("torch.zeros(3)", ValueError), ("torch.zeros(len(images), 1)", ValueError),
+    ("torch.zeros(1)", ValueError),
     ("[1.0, 1e999]", ValueError), ("[1.0, 1e999 * 0]", ValueError), ("'good'", TypeError),
     ("0\nimport no_such_package", ModuleNotFoundError), ("0\ntorch.no_name", AttributeError)])
 def test_a_wrong_reward_shows_before_any_work(tmp_path, monkeypatch, answer, error):
@@ -2234,7 +2267,7 @@ def test_generating_in_genevals_layout(generated, tmp_path, monkeypatch):
         calls.clear()
         assert generated("first", "--resume") == first
         assert len(calls) == 1
-    assert generated("again", steps=2) == first
+    assert generated("again", steps=99) == first            # more than tokens, but not used here
 
 
 def test_a_stop_while_pictures_are_made(generated, tmp_path, stoppable, monkeypatch):
@@ -2500,7 +2533,8 @@ def test_the_rewards_can_be_imported_alone():
 
 
 def test_tiles_differ_and_are_cut_in_reading_order():
-    """49 codes, no two alike. An object's four tiles, put together, are its drawing."""
+    """49 codes, no two alike. An object's four tiles, put together, are its drawing, which stands
+    in the middle of its cell."""
     assert R.TILES.shape == (49, 8, 8, 3) and len(R.TILES.unique(dim=0)) == 49
     assert (R.TILES[0] == torch.tensor(R.BACKGROUND)).all()
     assert tuple(R.draw_object("square", "red")[3, 3]) == R.COLORS["red"]       # it lies on a side
@@ -2508,6 +2542,9 @@ def test_tiles_differ_and_are_cut_in_reading_order():
         first, second = images_of([scene((shape, color, 0, 0)), scene((shape, color, 1, 2))])
         assert (np.asarray(first)[:16, :16] == R.draw_object(shape, color)).all()
         assert R.look([second])[0, 5] == i
+        is_drawn = (np.asarray(first)[:16, :16] != R.BACKGROUND).any(2)         # (16, 16)
+        rows = np.nonzero(is_drawn.any(1))[0]
+        assert abs(rows[0] - (15 - rows[-1])) <= 1
 
 
 def phrases_of(split):
@@ -2631,6 +2668,8 @@ def test_a_misplaced_tile_is_seen_and_noise_is_not():
     noise = np.random.default_rng(0).integers(-20, 21, (48, 48, 3))
     noisy = Image.fromarray((np.asarray(images[0]) + noise).clip(0, 255).astype(np.uint8))
     assert R.shapes_correct([noisy], ["a star"]).item() == 1
+    darker = Image.fromarray((np.asarray(images[0]).astype(int) - 60).clip(0).astype(np.uint8))
+    assert (R.look([darker]) == R.BROKEN).all()
 
 
 @pytest.mark.parametrize("shape", R.SHAPES)
@@ -2694,10 +2733,11 @@ def test_where_clips_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(R, "hf_hub_download", download)
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     monkeypatch.setattr(open_clip, "get_tokenizer", tokenizer)
-    for spec in ("clip", "clip:ViT-B-32:openai", "clip:hf-hub:owner/name", "hpsv2"):
+    for spec in ("clip", "clip:ViT-B-32:openai", "clip:ViT-B-32:C:\\mine.pt",
+                 "clip:hf-hub:owner/name", "hpsv2"):
         R.load_reward(spec)
     assert made == [("ViT-H-14", "laion2b_s32b_b79k"), ("ViT-B-32", "openai"),
-                    ("hf-hub:owner/name", None),
+                    ("ViT-B-32", "C:\\mine.pt"), ("hf-hub:owner/name", None),
                     ("ViT-H-14", str(tmp_path / "HPS_v2.1_compressed.pt"))]
     assert asked == ["xswu/HPSv2/HPS_v2.1_compressed.pt"]
 
@@ -2809,6 +2849,11 @@ def test_a_grid_shows_each_picture_under_its_caption_with_its_score(tmp_path, mo
     assert len(columns["green"]) == len(columns["blue"]) == 12 * (96 - 2) ** 2      # and outlined
     assert columns["green"].min() < columns["blue"].min()
     assert columns["green"].max() < columns["blue"].max()
+
+    large = torch.zeros(2, 1, 4, 300, 300, 3, dtype=torch.uint8)
+    evaluation = {"update": 0, "scores": torch.zeros(2, 1, 4), "pictures": large}
+    save_grid(tmp_path / "large.png", {"one": ["x"]}, evaluation, evaluation)
+    assert Image.open(tmp_path / "large.png").width == 12 + 4 * (2 * 256 + 28)
 
 
 # ---- README.md and assets/ -----------------------------------------------------------------------
