@@ -929,7 +929,9 @@ def pretrain(policy, config, batch=32, lr=4e-3, prompt_dropout=0.1):
     """
     rng = random.Random(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    N, MASK, total = policy.num_tokens, policy.codebook_size, config.pretrain_steps
+    N = policy.num_tokens
+    MASK = policy.codebook_size
+    total = config.pretrain_steps
     prompts, pictures = reward.draw_pairs(min(20_000, batch * total), rng)      # (n,), (n, N)
     optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.98), fused=True)
     for i in bar(range(total), "pretraining"):

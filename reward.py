@@ -227,6 +227,7 @@ def draw_pairs(n, rng: random.Random):
 # --------------------------------------------------------------------------------------------------
 # 3. The reward of the shapes world. It looks at pixels only and knows nothing of tokens.
 
+
 def look(images, tolerance=40):
     """What stands in each cell: an object's index, EMPTY, or BROKEN -> long (B, 9)
 
@@ -288,6 +289,7 @@ def shapes_correct(images, prompts):
 # --------------------------------------------------------------------------------------------------
 # 4. Rewards for real pictures. All three are CLIP models: one network embeds pictures, another
 #    embeds texts, and the reward is the (scaled) cosine of the two embeddings.
+
 
 def cosine(embed, scale, batch=32):
     """The reward scale * cosine. embed: images, prompts -> their embeddings, (B, D) each"""

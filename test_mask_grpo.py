@@ -636,6 +636,8 @@ def test_prompts_pictures_and_rewards_of_kept_groups_belong_together(policy, mon
     answers = iter([[False, True, False], [True, True]])
 
     class Sieve:
+        """A filter with given answers"""
+
         def keep(self, std):
             return torch.tensor(next(answers))
 
@@ -1038,6 +1040,8 @@ def test_an_update_without_a_live_group_changes_nothing_and_goes_on(tmp_path, mo
     """In updates 2 and 3 all pictures are worth the same, and the filter is warm: rows of zeros,
     and no step, not even of weight decay or of the momentum from update 1."""
     class Warm(M.SampleFilter):
+        """A filter with a history"""
+
         def __init__(self, quantile):
             super().__init__(quantile)
             self.history.extend([1e-9] * 40)
@@ -1377,6 +1381,8 @@ def test_a_failure_keeps_its_traceback_and_the_last_whole_update(tmp_path, monke
 def test_a_failing_message_loses_no_update(tmp_path, monkeypatch):
     """The reader of stdout is gone in update 2, as if Ctrl-C had killed a `tee`."""
     class Pipe:
+        """A stdout that nobody reads any more"""
+
         def write(self, text):
             return len(text)
 
@@ -2717,6 +2723,8 @@ def test_where_clips_are_looked_for(tmp_path, monkeypatch):
     made = []
 
     class Net(torch.nn.Identity):
+        """What a CLIP needs to be made"""
+
         logit_scale = torch.zeros(())
 
     def download(repository, name):
@@ -2890,6 +2898,8 @@ def test_sections_1_to_4_can_be_copied():
     exec("\n".join(imports) + "\n" + pasted, vars(copied))
 
     class Model(torch.nn.Sequential):
+        """A policy that is no transformer"""
+
         num_tokens = 6
         codebook_size = 4
 
