@@ -1540,9 +1540,10 @@ def generate(config: Config):
 
 
 def help_text():
-    """What -h prints: the source of Config"""
+    """What -h prints: the fields of Config as they stand in the source"""
+    fields, _, _ = inspect.getsource(Config).partition("    def __post_init__")
     return (f"python mask_grpo.py [--FLAG VALUE ...]\n\n{__doc__.splitlines()[0]}\nThe flags are "
-            f"fields of Config: clip_low is --clip-low.\n\n{inspect.getsource(Config)}\n"
+            f"fields of Config: clip_low is --clip-low.\n\n{fields}"
             "Show-o's defaults are in SHOWO, section 10. --resume takes the settings from the\n"
             "checkpoint. --weights takes those named in OF_WEIGHTS, section 12, from a checkpoint.")
 
