@@ -3053,7 +3053,7 @@ def sample_or_not(*arguments):      # in update 2 all groups of rank 1 vanish; i
     groups = sample_groups(*arguments)
     update += 1
     if M.RANK == 1 and update == 3 and "--resume" not in sys.argv:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
     if M.RANK == 1 and update == 2 and "--resume" not in sys.argv:
         none = M.select(groups.trajectory, torch.arange(0))
         return groups._replace(prompts=[], rewards=groups.rewards[:0], trajectory=none)
