@@ -1366,7 +1366,9 @@ def read_checkpoint(path, mmap):
     """A checkpoint -> dict; with mmap its tensors stay on the disk until they are used"""
     with blame(f"--resume: cannot read {path} with this version"):
         saved = torch.load(path, "cpu", weights_only=True, mmap=mmap)
-        Config(**saved["config"])               # fails if it is of another version
+        if "state" not in saved:
+            raise ValueError("it has no state of a run")
+        Config(**saved["config"])               # fails if a setting is unknown
         return saved
 
 

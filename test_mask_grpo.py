@@ -2455,14 +2455,16 @@ def test_a_resumed_run_keeps_all_but_a_few_settings(finished):
     assert M.parse(["--score-steps", "12"]).score_steps == 12
 
 
-@pytest.mark.parametrize("damage", ["half", "older", "code", "device"])
+@pytest.mark.parametrize("damage", ["half", "older", "weights", "code", "device"])
 def test_a_checkpoint_that_cannot_be_resumed_gives_a_one_line_error(damage, finished, tmp_path,
                                                                      capsys):
-    """Cut in half, of an older version, with code, of another device."""
+    """Cut in half, of an older version, weights alone, with code, of another device."""
     path = tmp_path / "checkpoint.pt"
     checkpoint = saved(finished)
     if damage == "older":
         checkpoint["config"] = {"length_normalize": True}
+    if damage == "weights":
+        checkpoint.pop("state")
     if damage == "device":
         checkpoint["state"]["generator"] = torch.zeros(16).byte()
     if damage == "code":
