@@ -378,10 +378,9 @@ class SampleFilter:
 # positions and logp has none, the ratio is near exp(112), inf in float32. Beyond this limit the
 # gradient is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
-# The same limit for the KL. It is lower, because exp(20) would dominate every other gradient. In a
-# later inner epoch, a step can have a probability near 0. Its KL is then exp(5) - 6 = 142, and has
-# no gradient. If p_ref is near 0 instead, the KL of a step may be 50, but its gradient is at most
-# grad log p.
+# The KL has a lower limit, because exp(20) would dominate every other gradient. In a later inner
+# epoch, a step can have a probability near 0. Its KL is then exp(5) - 6 = 142, and has no gradient.
+# If p_ref is near 0 instead, the KL of a step may be 50, but its gradient is at most grad log p.
 MAX_KL_LOG_RATIO = 5.0
 
 
@@ -761,7 +760,9 @@ def checked(field, value):
         choices = ", ".join(CHOICES[field.name])
         raise InputError(f"{flag(field.name)} {value}: must be one of {choices}")
     if field.type in (int, float):
-        least = LEAST.get(field.name, 1 if field.type is int else 0)
+        least = 0
+        if field.type is int:
+            least = LEAST.get(field.name, 1)
         if not least <= value < 2 ** 31:
             raise InputError(f"{flag(field.name)} {value}: must be at least {least}, and below "
                              "2 ** 31")
@@ -1037,8 +1038,12 @@ def read_weights(source):
         if os.path.isdir(path):
             path = os.path.join(path, WEIGHTS)
         elif not os.path.isfile(path):
-            owner, name, *file = path.split("/", 2)
-            path = hf_hub_download(f"{owner}/{name}", file[0] if file else WEIGHTS)
+            parts = path.split("/", 2)
+            owner, name = parts[:2]
+            file = WEIGHTS
+            if len(parts) == 3:
+                file = parts[2]
+            path = hf_hub_download(f"{owner}/{name}", file)
         if path.endswith(".safetensors"):
             return load_file(path)
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
@@ -1513,6 +1518,8 @@ def generate(config: Config):
     if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(f"{out} holds pictures with the settings {path.read_text().strip()}, not "
                          f"{json.dumps(settings)}; choose another --out")
+    if not path.exists() and (out / "00000").exists():
+        raise InputError(f"{out} holds pictures without settings.json; choose another --out")
     if (out / f"{len(records):05d}").exists():
         raise InputError(f"{out} holds more than {len(records)} captions; choose another --out")
     with blame(f"--out {out}"):

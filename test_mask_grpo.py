@@ -685,7 +685,7 @@ def test_random_steps_differ_between_pictures_and_updates():
     second = M.choose_steps(1000, 5, config, generator)                         # (2000, 2)
     assert not torch.equal(first, second)
     assert torch.equal(first, M.choose_steps(1000, 5, config, seeded(0)))
-    twice = [i for i in range(1000) for _ in range(2)]
+    twice = torch.arange(1000).repeat_interleave(2).tolist()
     for pairs in (first, second):
         assert pairs[:, 0].tolist() == twice
     steps = torch.cat([first, second])[:, 1].view(-1, 2)                        # (2000, 2)
@@ -1083,11 +1083,12 @@ def test_every_update_has_its_learning_rate(tmp_path):
     run(tmp_path, updates=5, **settings)
     _, rows = run(tmp_path, updates=7, resume=True, **settings)
     hook.remove()
-    found = [used for optimizer, used in rates.items()]
     base = [rate(i, 20, 4e-3, 100) for i in range(20)]
     first = [rate(i, 5) for i in range(5)]
     longer = [rate(5, 7), rate(6, 7)]
-    steps = [used for part in found for used in part]
+    steps = []
+    for used in rates.values():
+        steps += used
     assert steps == pytest.approx([*base, 0, *first, 0, *longer])       # 0 allocates the state
     assert [float(row["lr"]) for row in rows] == pytest.approx([*first, *longer])
 
@@ -1218,13 +1219,13 @@ def stoppable():
         signal.signal(number, handler)
 
 
-# where a stop comes: a function, its call in that run, and the updates that were done
+# where a stop comes: a function and its owner, its call in that run, the updates that were done
 PLACES = {
-    "sampling": ("rollout", 7, 2),              # a trial without a name, two, the base, 1, 2; 3
-    "learning": ("replay_logprob", 7, 2),       # a trial; policy and reference in 1, 2, and 3
-    "step": ("optimizer", 6, 3),                # two of pretraining, the state, 1, 2, and 3
-    "evaluation": ("evaluate", 4, 2),           # two trials, the base, after 2
-    "save": ("save", 3, 2)}                     # of the base, after the base, after 2
+    "sampling": (M, "rollout", 7, 2),           # a trial without a name, two, the base, 1, 2; 3
+    "learning": (M, "replay_logprob", 7, 2),    # a trial; policy and reference in 1, 2, and 3
+    "step": (torch.optim.AdamW, "step", 6, 3),  # two of pretraining, the state, 1, 2, and 3
+    "evaluation": (M, "evaluate", 4, 2),        # two trials, the base, after 2
+    "save": (torch, "save", 3, 2)}              # of the base, after the base, after 2
 
 
 @pytest.mark.parametrize("place, number", [
@@ -1234,10 +1235,9 @@ def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, numb
                                                                      monkeypatch, whole):
     """The log is one row ahead of the checkpoint, as after a kill. In the middle of a step, a stop
     waits until the step has a row."""
-    name, call, done = PLACES[place]
+    owner, name, call, done = PLACES[place]
     calls = itertools.count(1)
-    usual_functions = {"optimizer": torch.optim.AdamW.step, "save": torch.save}
-    usual_function = usual_functions.get(name) or getattr(M, name)
+    usual_function = getattr(owner, name)
 
     def stopping(*arguments, **keywords):
         if next(calls) == call:
@@ -1245,12 +1245,7 @@ def test_a_stop_anywhere_and_a_resume_equal_a_run_that_never_stopped(place, numb
         return usual_function(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        if name == "optimizer":
-            patch.setattr(torch.optim.AdamW, "step", stopping)
-        elif name == "save":
-            patch.setattr(torch, "save", stopping)
-        else:
-            patch.setattr(M, name, stopping)
+        patch.setattr(owner, name, stopping)
         with pytest.raises(SystemExit, match="stopped; to continue: .* --resume"):
             M.main(flags(out="cut", **RESUMED))
     assert len(saved("cut")["state"]["rows"]) == done
@@ -2260,8 +2255,10 @@ def test_generating_in_genevals_layout(generated, tmp_path, monkeypatch):
     replaced = record(monkeypatch, M, "replacing")
     first = generated("first")
     assert {arguments[0].name for arguments, _ in replaced} == {"settings.json", "metadata.jsonl"}
-    folders = ["00000/samples", "00001/samples"]
-    assert sorted(first) == [f"{folder}/000{j}.png" for folder in folders for j in range(4)]
+    expected = []
+    for folder in ("00000", "00001"):
+        expected += [f"{folder}/samples/000{j}.png" for j in range(4)]
+    assert sorted(first) == expected
     assert len(set(first.values())) == 8
     assert [arguments[1] for arguments, _ in calls] == [["a cat"] * 4] * 2
     texts = [(tmp_path / f"first/0000{i}/metadata.jsonl").read_text() for i in (0, 1)]
@@ -2308,6 +2305,10 @@ def test_pictures_of_other_settings_are_not_mixed(generated, showo, tmp_path, mo
             generated("first", "--resume", **settings)
         others = generated(f"other{list(settings)}", **settings)
         assert not set(first.values()) & set(others.values())
+    (tmp_path / "first" / "settings.json").rename(tmp_path / "settings.json")
+    with pytest.raises(SystemExit, match="without settings.json"):
+        generated("first", "--resume")
+    (tmp_path / "settings.json").rename(tmp_path / "first" / "settings.json")
     lines = (tmp_path / "evaluation_metadata.jsonl").read_text().splitlines()
     (tmp_path / "evaluation_metadata.jsonl").write_text(lines[0] + "\n")
     with pytest.raises(SystemExit, match="holds more than 1 captions"):
@@ -2597,7 +2598,7 @@ def test_text_tokens_are_phrases(policy):
     rows = [policy.tokenize(caption) for caption in EVERY_CAPTION]
     assert max(len(row) for row in rows) == 2
     assert len({tuple(row) for row in rows}) == len(rows)
-    assert {id for row in rows for id in row} == set(range(1, policy.pad_id))
+    assert set(itertools.chain(*rows)) == set(range(1, policy.pad_id))
 
 
 def test_drawings_are_correct_and_follow_their_conventions():
