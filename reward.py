@@ -6,14 +6,15 @@ number per picture, and larger is better. It sees neither tokens nor logits, so 
 policy.
 
 Sections 1 to 3 are the *shapes world*, in which a picture can be judged exactly. A picture is a
-lattice of 3 x 3 cells. Each cell is empty or holds one object, and an object is drawn as 2 x 2
-tiles, so a picture has 6 x 6 tokens. Captions ask for the six things that GenEval asks for (Ghosh
-et al., 2023): a single object, two objects, a count, a colour, a position, and colours bound to
-objects. No single token is difficult. The difficulty is that tokens must agree with each other,
+lattice of 3 x 3 cells. Each cell has 2 x 2 tiles, so a picture has 6 x 6 tokens, and is empty or
+holds one object of one, two or four tiles. Captions ask for the six things that GenEval asks for
+(Ghosh et al., 2023): a single object, two objects, a count, a colour, a position, and colours bound
+to objects. No single token is difficult. The difficulty is that tokens must agree with each other,
 although tokens drawn in the same step are drawn independently.
 
-Dims: B pictures of 48 x 48 pixels, b of them in a batch, N = 36 tokens, K = 49 codes (the
-background and 12 objects x 4), p = TILE pixels per side of a tile, D size of a CLIP embedding.
+Dims: B pictures of 48 x 48 pixels, b of them in a batch, N = 36 tokens, K = 34 codes (the
+background and the tiles of 12 objects), p = TILE pixels per side of a tile, D size of a CLIP
+embedding.
 """
 import contextlib
 import importlib.util
@@ -30,11 +31,13 @@ from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw
 
 # --------------------------------------------------------------------------------------------------
-# 1. Objects and their tiles. Code 0 is the background. Object o owns the codes 1 + 4 o + quarter,
-#    with the quarters in reading order. The four tiles of an object are cut from one drawing, so a
-#    quarter in the wrong place can be seen.
+# 1. Objects and their tiles. A circle and a star fill a cell, a rectangle half of one, and a dot a
+#    quarter. The tiles of an object are cut from one drawing, so a tile in the wrong place can be
+#    seen. Sizes differ because a schedule can be made to fit objects of a single size
+#    (assets/study.md tells how that went).
 
-SHAPES = {"circle": 64, "square": 4, "triangle": 3, "star": 10}     # corners of each polygon
+SHAPES = {"circle": 64, "dot": 64, "rectangle": 4, "star": 10}      # corners of each polygon
+SIZES = {"circle": (2, 2), "dot": (1, 1), "rectangle": (1, 2), "star": (2, 2)}  # tiles down, across
 COLORS = {"red": (214, 64, 58), "green": (46, 158, 91), "blue": (52, 104, 206)}
 BACKGROUND = (248, 246, 240)
 OBJECTS = list(itertools.product(SHAPES, COLORS))   # object o is the pair (shape, colour)
@@ -47,26 +50,30 @@ BROKEN = -2                                         # or something that is no ob
 
 
 def draw_object(shape, color):
-    """A cell that holds an object -> uint8 array (2p, 2p, 3), p = TILE"""
-    size = 8 * CELL                             # drawn 8 times too large, then averaged
+    """A cell that holds an object, at its lower left -> uint8 array (2p, 2p, 3), p = TILE"""
+    size = 8 * CELL                             # drawn too large, then averaged
     corners = SHAPES[shape]
-    turn = 0.0
-    if shape == "square":                       # it stands on a side, not on a corner
-        turn = 0.5
     points = []
     for i in range(corners):
         radius = 0.46 * size
+        angle = 2 * math.pi * i / corners       # clockwise from the top
         if shape == "star" and i % 2 == 1:      # its inner corners
             radius = 0.2 * size
-        angle = 2 * math.pi * (i + turn) / corners      # clockwise from the top
+        if shape == "rectangle":                # a square on its side, which is then flattened
+            radius = 0.62 * size
+            angle += math.pi / 4
         points.append((radius * math.sin(angle), -radius * math.cos(angle)))
     heights = [y for _, y in points]
     middle = (min(heights) + max(heights)) / 2
     moved = [(size / 2 + x, size / 2 + y - middle) for x, y in points]
 
-    image = Image.new("RGB", (size, size), BACKGROUND)
-    ImageDraw.Draw(image).polygon(moved, fill=COLORS[color])
-    return np.asarray(image.resize((CELL, CELL), Image.Resampling.BOX))
+    drawing = Image.new("RGB", (size, size), BACKGROUND)
+    ImageDraw.Draw(drawing).polygon(moved, fill=COLORS[color])
+    rows, columns = SIZES[shape]
+    drawing = drawing.resize((columns * TILE, rows * TILE), Image.Resampling.BOX)
+    cell = Image.new("RGB", (CELL, CELL), BACKGROUND)
+    cell.paste(drawing, (0, CELL - rows * TILE))
+    return np.asarray(cell)
 
 
 def draw_cells():
@@ -77,17 +84,25 @@ def draw_cells():
 
 
 def cut_tiles(cells):
-    """The codebook as pixels: background, then the tiles of each object -> uint8 (K, p, p, 3)"""
-    tiles = [cells[-1, :TILE, :TILE]]
-    for cell in cells[:-1]:
-        for y in (0, TILE):
-            for x in (0, TILE):
-                tiles.append(cell[y:y + TILE, x:x + TILE])
-    return torch.stack(tiles)
+    """The codebook as pixels, and the codes of each cell -> uint8 (K, p, p, 3), long (13, 2, 2)
+
+    Code 0 is a tile of background. Every other tile has a code of its own, in reading order.
+    """
+    background = cells[-1, :TILE, :TILE]
+    tiles = [background]
+    codes = torch.zeros(len(cells), 2, 2, dtype=torch.long)
+    for i, cell in enumerate(cells):
+        for row in range(2):
+            for column in range(2):
+                tile = cell[row * TILE:(row + 1) * TILE, column * TILE:(column + 1) * TILE]
+                if not tile.equal(background):
+                    codes[i, row, column] = len(tiles)
+                    tiles.append(tile)
+    return torch.stack(tiles), codes
 
 
 CELLS = draw_cells()
-TILES = cut_tiles(CELLS)
+TILES, CODES = cut_tiles(CELLS)
 CODEBOOK_SIZE = len(TILES)
 
 # --------------------------------------------------------------------------------------------------
@@ -208,19 +223,28 @@ def draw_scene(caption, rng: random.Random):
     for cell, (shape, color) in zip(places, objects):
         if color is None:
             color = rng.choice(["red", *COLORS])        # red twice in four
-        first = 1 + 4 * OBJECTS.index((shape, color))
-        codes[cell // LATTICE, :, cell % LATTICE] = [[first, first + 1], [first + 2, first + 3]]
+        codes[cell // LATTICE, :, cell % LATTICE] = CODES[OBJECTS.index((shape, color))]
     return codes.flatten().tolist()
 
 
-def draw_pairs(n, rng: random.Random):
-    """n captions from both splits, and a correct picture for each -> list, (n, N) long"""
+def draw_pairs(n, rng: random.Random, caption_noise=0.0):
+    """n captions from both splits, and a picture for each -> list of str, (n, N) long
+
+    The picture is a correct one, except that a share `caption_noise` is drawn for another caption
+    of the same category, chosen at random: as in data from the web, captions may be wrong.
+    """
     training = captions(heldout=False)
     heldout = captions(heldout=True)
     prompts = []
+    pictures = []
     for category in rng.choices(list(CATEGORIES), CATEGORIES.values(), k=n):
-        prompts.append(rng.choice(training[category] + heldout[category]))
-    pictures = [draw_scene(prompt, rng) for prompt in prompts]
+        choices = training[category] + heldout[category]
+        prompt = rng.choice(choices)
+        shown = prompt
+        if rng.random() < caption_noise:
+            shown = rng.choice(choices)
+        prompts.append(prompt)
+        pictures.append(draw_scene(shown, rng))
     return prompts, torch.tensor(pictures)
 
 
@@ -320,7 +344,10 @@ def clip(device, model="ViT-H-14", pretrained="laion2b_s32b_b79k", scale=None):
 
 
 def hpsv2(device, model="ViT-H-14", pretrained=None):
-    """HPS v2.1 (Wu et al., 2023): a CLIP fine-tuned on human preferences; the score is a cosine"""
+    """HPS v2.1: a CLIP fine-tuned on human preferences; the score is a cosine
+
+    The successor (February 2024) of the HPS v2 of Wu et al. (2023).
+    """
     if pretrained is None:
         pretrained = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     return clip(device, model, pretrained, scale=1)
