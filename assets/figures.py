@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Draws the figures from what is kept in this folder: `python assets/figures.py`
 
+unmasking.gif   the last two captions of pictures.json that training fixed, step by step
 step.png        one step, from the example at the top of mask_grpo.py
+over_t.png      base and trained policy at other numbers of steps, from steps.txt
 pictures.png    pictures of pictures.json: the base and the trained policy
-unmasking.png   the last caption of pictures.json that training fixed, step by step
 revealing.png   what each step reveals, from changes.txt
 curves.png      the training rewards of study.tar.xz
 hacking.png     pictures of pictures.json: trained on a reward that can be hacked
 
 `python assets/figures.py STUDY` first writes pictures.json anew, from the runs of seed 0 in a
-folder that study.sh has filled. It samples the first held-out caption of each category, with the
-same noise for all policies.
+folder of `study.py runs`. It samples the first held-out caption of each category, with the same
+noise for all policies.
 """
 import json
+import math
 import pathlib
+import re
 import sys
 import textwrap
 
@@ -23,7 +26,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import changes  # noqa: E402
 import mask_grpo  # noqa: E402
 import reward  # noqa: E402
 import study  # noqa: E402
@@ -44,16 +46,18 @@ FACTORS = (                                     # what each definition multiplie
 LEFT = 220
 COLUMN = 190
 # what a step reveals, in the order of changes.txt
-KINDS = (("background", "#d0d0d0"), ("an object's first tile", "#c04a1a"),
+KINDS = (("background", "#d0d0d0"), ("first tile of an object", "#c04a1a"),
          ("its other tiles", "#f2b48c"))
 # training rewards
-CURVES = (("p1: Eq. 14 with the noise", "default", (31, 95, 180)),
-          ("p2: Eq. 15", "--transition=p2", (224, 120, 0)),
-          ("ar: Eq. 13", "--transition=ar", (110, 110, 110)))
+CURVES = (("p1: Eq. 14 with the noise", (31, 95, 180)), ("p2: Eq. 15", (224, 120, 0)),
+          ("ar: Eq. 13", (110, 110, 110)))
 SMOOTH = 5                                      # updates in the running mean
 # policies in pictures.json, and the folders of their runs
-RUNS = {"trained": "default", "hacked": study.HACKING, "weak KL": f"{study.HACKING} --beta=0.1",
+RUNS = {"trained": "", "hacked": study.HACKING, "weak KL": f"{study.HACKING} --beta=0.1",
         "strong KL": f"{study.HACKING} --beta=1"}
+# shares of right pictures over T: a panel for each world
+PANELS = (("captions right in pretraining", ""), ("half of them wrong", ", captions wrong 0.5"))
+POLICIES = {"base": (110, 110, 110), "trained": (31, 95, 180)}
 
 
 def font(size):
@@ -139,7 +143,8 @@ def keep_pictures(folder):
     """Sample a picture per category from the base and the policies of RUNS -> pictures.json"""
     kept = {}
     for name, flags in RUNS.items():
-        for title, policy, config, splits in changes.policies(pathlib.Path(folder, "0", flags)):
+        run = pathlib.Path(folder, study.folder_of(0, flags))
+        for title, policy, config, splits in study.policies(run):
             kept["captions"] = [texts[0] for texts in splits[1].values()]
             generator = torch.Generator().manual_seed(config.seed + 1)
             trajectory = mask_grpo.sample(policy, kept["captions"], config, config.eval_steps,
@@ -193,31 +198,111 @@ def base_and_trained():
     return image
 
 
-def unmasking(columns=4):
-    """A caption that training fixed: rows for base and trained policy, columns for steps -> Image
+def fixed(kept, count):
+    """The last captions of pictures.json that only the trained policy gets right -> indices
 
-    The last one that only the trained policy gets right; the last of all if there is none.
+    If there are too few of them, the last of the others come first.
     """
-    kept = read_pictures()
     right = {}
     for name in ("base", "trained"):
         images = [pixels(codes) for codes in kept[name]["tokens"]]
         right[name] = reward.shapes_correct(images, kept["captions"])       # (6,)
-    fixed = (right["trained"] > right["base"]).nonzero()[:, 0].tolist()
-    i = max(fixed, default=-1)
-    steps = 1 + max(kept["base"]["revealed_at"][i])
-    image = Image.new("RGB", (WIDTH, 640), "white")
+    order = (right["trained"] - right["base"]).argsort(stable=True)
+    return order[-count:].tolist()
+
+
+def unmasking():
+    """Two captions, each by the base and by the trained policy, step by step -> list of Image
+
+    The first frame is all MASK, and the last says which pictures are right.
+    """
+    kept = read_pictures()
+    chosen = fixed(kept, 2)
+    steps = 1 + max(kept["base"]["revealed_at"][0])
+    frames = []
+    for t in range(steps + 1):
+        image = Image.new("RGB", (WIDTH, 420), "white")
+        draw = ImageDraw.Draw(image)
+        for i, index in enumerate(chosen):
+            caption = kept["captions"][index]
+            write(draw, 5 + 500 * i, 30, caption, 31, anchor="lm")
+            for j, name in enumerate(("base", "trained")):
+                x = 5 + 500 * i + 246 * j
+                revealed_at = torch.tensor(kept[name]["revealed_at"][index])
+                shown = pixels(kept[name]["tokens"][index], revealed_at >= t)
+                image.paste(framed(shown, 5), (x, 60))
+                title = name
+                color = INK
+                if t == steps:
+                    is_right = bool(reward.shapes_correct([shown], [caption]))
+                    title += ": right" if is_right else ": wrong"
+                    color = KEPT if is_right else DISCARDED
+                write(draw, x, 322, title, 32, color, "lm")
+        write(draw, 10, 384, f"step {t} of {steps}", 36, anchor="lm")
+        draw.rectangle((240, 370, 240 + 740, 398), outline="gray")
+        draw.rectangle((240, 370, 240 + 740 * t / steps, 398), "gray")
+        frames.append(image)
+    return frames
+
+
+def read_steps():
+    """steps.txt -> T (list), and title of a row -> shares in percent (list)"""
+    lines = (HERE / "steps.txt").read_text(encoding="utf-8").splitlines()
+    rows = {}
+    for line in lines:
+        title, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[title] = cells
+    times = [int(T) for T in rows.pop("run, %, at T =")]
+    rows.pop("---")
+    return times, {title: [int(cell) for cell in cells] for title, cells in rows.items()}
+
+
+def panel(image, left, title, world):
+    """The share of right pictures over T, on a logarithmic axis, in one world"""
     draw = ImageDraw.Draw(image)
-    write(draw, 10, 36, kept["captions"][i], 38, anchor="lm")
-    for row, name in enumerate(("base", "trained")):
-        revealed_at = torch.tensor(kept[name]["revealed_at"][i])
-        for column in range(columns):
-            x = 10 + 248 * column
-            y = 72 + 290 * row
-            t = steps * (column + 1) // columns
-            shown = pixels(kept[name]["tokens"][i], revealed_at >= t)
-            image.paste(framed(shown, 5), (x, y))
-            write(draw, x, y + 262, f"{name}, step {t}", 30, anchor="lm")
+    times, rows = read_steps()
+    right, top, bottom = (left + 400, 130, 480)
+
+    def place(T, share):
+        x = left + (right - left) * math.log(T / times[0]) / math.log(times[-1] / times[0])
+        return x, bottom - (bottom - top) * share / 100
+
+    def points(shares):
+        return [place(T, share) for T, share in zip(times, shares.tolist())]
+
+    write(draw, left, 90, title, 30, anchor="lm")
+    for share in range(0, 101, 20):
+        y = place(times[0], share)[1]
+        draw.line((left, y, right, y), "#d9d9d9", 2)
+        write(draw, left - 10, y, str(share), 26, anchor="rm")
+    for T in (3, 4, 6, 8, 12, 18, 36):
+        write(draw, place(T, 0)[0], bottom + 26, str(T), 28)
+    draw.line((place(8, 0), place(8, 100)), "#b0b0b0", 3)           # the T of training
+    for name, color in POLICIES.items():
+        found = []
+        for row, shares in rows.items():
+            if re.fullmatch(rf"seed \d+{re.escape(world)}(, p1)?, {name}", row):
+                found.append(shares)
+        shares = torch.tensor(found, dtype=torch.float)                         # (S, len(times))
+        outline = points(shares.amax(0)) + points(shares.amin(0))[::-1]
+        shade = Image.new("L", image.size)
+        ImageDraw.Draw(shade).polygon(outline, 60)
+        image.paste(color, mask=shade)
+        draw.line(points(shares.mean(0)), color, 7, "curve")
+
+
+def over_t():
+    """The share of right pictures over T in two worlds: mean and range over seeds -> Image"""
+    image = Image.new("RGB", (WIDTH, 600), "white")
+    draw = ImageDraw.Draw(image)
+    write(draw, 20, 34, "right pictures of held-out captions, %", 36, anchor="lm")
+    for i, (title, world) in enumerate(PANELS):
+        panel(image, 70 + 500 * i, title, world)
+    write(draw, WIDTH / 2, 540, "T, the number of steps", 28)
+    titles = {"base": "base", "trained": "trained with 8 steps"}
+    for i, (name, color) in enumerate(POLICIES.items()):
+        draw.line((70 + 500 * i, 578, 130 + 500 * i, 578), color, 9)
+        write(draw, 146 + 500 * i, 578, titles[name], 30, anchor="lm")
     return image
 
 
@@ -228,14 +313,14 @@ def revealing():
     """
     parts = {"base": [], "trained": []}
     for line in (HERE / "changes.txt").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("|"):
+        if line.count(": ") == 2:
             name, _, values = line.split(": ")
             parts[name].append([float(x) for x in values.split()])
     image = Image.new("RGB", (WIDTH, 560), "white")
     draw = ImageDraw.Draw(image)
     bottom = 430
-    scale = 68                                              # pixels per token
-    wide = 34                                               # pixels per step
+    scale = 40                                              # pixels per token
+    wide = 51                                               # pixels per step
     for i, (name, title) in enumerate((("base", "base"), ("trained", "after Mask-GRPO"))):
         x0 = 60 + 490 * i
         write(draw, x0, 36, title, 36, anchor="lm")
@@ -246,10 +331,10 @@ def revealing():
                 draw.rectangle((x, y - values[t] * scale, x + wide - 1, y), color)
                 y -= values[t] * scale
             write(draw, x + wide / 2, bottom + 22, str(t + 1), 26)
-        write(draw, x0 + 6 * (wide + 3), bottom + 56, "step", 28)
-        for count in range(0, 6, 2):
+        write(draw, x0 + 4 * (wide + 3), bottom + 56, "step", 28)
+        for count in range(0, 9, 2):
             write(draw, x0 - 10, bottom - count * scale, str(count), 26, anchor="rm")
-        write(draw, x0 - 26, bottom - 5 * scale, "tokens", 26, anchor="lm")
+        write(draw, x0 - 26, bottom - 9 * scale, "tokens", 26, anchor="lm")
     x = 60
     for name, color in KINDS:
         draw.rectangle((x, 515, x + 26, 541), color)
@@ -260,13 +345,13 @@ def revealing():
 
 def curves():
     """The rewards of the runs kept for each of CURVES, smoothed -> a list of (S, updates)"""
-    runs = study.read_runs(HERE / "study.tar.xz")
-    seeds = min(len(runs[flags]) for _, flags, _ in CURVES)
+    runs = study.read_runs()
     smooth = []
-    for _, flags, _ in CURVES:
+    for variant, _ in zip(study.TABLES["definitions"], CURVES):
         rewards = []
-        for run in runs[flags][:seeds]:
-            rewards.append([float(row["reward"]) for row in run["rows"]])
+        for seed in variant.seeds:
+            rows = runs[seed, variant.flags]["rows"]
+            rewards.append([float(row["reward"]) for row in rows])
         padded = F.pad(torch.tensor(rewards)[:, None], (SMOOTH // 2, SMOOTH // 2), "replicate")
         smooth.append(padded.unfold(-1, SMOOTH, 1).mean(-1)[:, 0])          # (S, updates)
     return smooth
@@ -298,13 +383,13 @@ def chart(low=0.2):
         x = left + (right - left) * (update - 1) / (updates - 1)
         write(draw, x, bottom + 30, str(update), 30)
     write(draw, (left + right) / 2, bottom + 76, "update", 30)
-    for rewards, (_, _, color) in zip(runs, CURVES):
+    for rewards, (_, color) in zip(runs, CURVES):
         shade = Image.new("L", image.size)
         outline = points(rewards.amax(0)) + points(rewards.amin(0))[::-1]
         ImageDraw.Draw(shade).polygon(outline, 55)
         image.paste(color, mask=shade)
     draw.rectangle((right - 490, bottom - 185, right - 40, bottom - 30), "white")     # legend
-    for i, (rewards, (name, _, color)) in enumerate(zip(runs, CURVES)):
+    for i, (rewards, (name, color)) in enumerate(zip(runs, CURVES)):
         draw.line(points(rewards.mean(0)), color, 7, "curve")
         y = bottom - 155 + 48 * i
         draw.line((right - 480, y, right - 420, y), color, 9)
@@ -332,10 +417,23 @@ def hacking(columns=4):
     return image
 
 
-FIGURES = {"step.png": one_step, "pictures.png": base_and_trained, "unmasking.png": unmasking,
-           "revealing.png": revealing, "curves.png": chart, "hacking.png": hacking}
-NEEDED = {"changes.txt": "assets/changes.py prints it",
-          "pictures.json": "name the folder that study.sh has filled"}
+FIGURES = {"unmasking.gif": unmasking, "step.png": one_step, "over_t.png": over_t,
+           "pictures.png": base_and_trained, "revealing.png": revealing, "curves.png": chart,
+           "hacking.png": hacking}
+NEEDED = {"changes.txt": "assets/study.py changes prints it",
+          "steps.txt": "assets/study.py steps prints it",
+          "pictures.json": "name a folder that assets/study.py runs has filled"}
+
+
+def save(figure, path):
+    """Write an Image, or a list of them as a GIF that shows each for 0.5 s, the last for 3 s"""
+    if isinstance(figure, list):
+        durations = [500] * (len(figure) - 1) + [3000]
+        figure[0].save(path, save_all=True, append_images=figure[1:], duration=durations, loop=0,
+                       optimize=True)
+    else:
+        figure.save(path, optimize=True)
+
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
@@ -344,4 +442,4 @@ if __name__ == "__main__":
         if not (HERE / name).exists():
             sys.exit(f"{HERE / name} is missing; {mend}")
     for name, figure in FIGURES.items():
-        figure().save(HERE / name, optimize=True)
+        save(figure(), HERE / name)
