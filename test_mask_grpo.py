@@ -3141,8 +3141,9 @@ def test_the_study_runs_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     small = "--updates=1 --pretrain-steps=30 --groups=2 --eval-pictures=2 --width=16 --layers=1"
     default = names["Variant"]("the default", small, (0, 1))
     other = names["Variant"]("another", f"{small} --transition=p2", (0, 1))
+    again = names["Variant"]("again", names["TWO_THREADS"], (0, 1))
     shared = names["make_run"].__globals__
-    monkeypatch.setitem(shared, "TABLES", {"default": [default], "parts": [other]})
+    monkeypatch.setitem(shared, "TABLES", {"default": [default, again], "parts": [other]})
     monkeypatch.setitem(shared, "TIMES", (1, 8))
     monkeypatch.setitem(shared, "TRIALS", 2)
     for name in ("SEARCH", "FINAL"):
@@ -3150,17 +3151,20 @@ def test_the_study_runs_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     started = []
 
     def run_here(command, cwd, env, stdout, stderr, check):
-        assert command[1] == "mask_grpo.py" and env["OMP_NUM_THREADS"] == "1"
-        started.append(command)
+        assert command[1] == "mask_grpo.py"
+        started.append(env["OMP_NUM_THREADS"])
+        words = command[2:]
+        if env["OMP_NUM_THREADS"] == "2":
+            words += small.split()                  # it has no flags of its own
         with contextlib.redirect_stdout(stdout):
-            M.main(command[2:])
+            M.main(words)
 
     monkeypatch.setattr(subprocess, "run", run_here)
     pretrained = record(monkeypatch, M, "pretrain")
     names["main"](["runs", "study"])
-    assert len(started) == 4 and len(pretrained) == 2
+    assert started == ["1", "1", "2", "2", "1", "1"] and len(pretrained) == 4
     names["main"](["runs", "study"])
-    assert len(started) == 4
+    assert len(started) == 6
 
     capsys.readouterr()
     names["main"](["tables", "study"])

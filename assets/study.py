@@ -46,6 +46,7 @@ class Variant(typing.NamedTuple):
 
 
 HALF = "--caption-noise=0.5"                    # the world in which half of the captions are wrong
+TWO_THREADS = "two threads"                     # in place of flags: the default, with two threads
 HACKING = "--reward=assets.study:recall --measure=correct"
 THREE = (0, 1, 2)
 FIVE = (0, 1, 2, 3, 4)
@@ -68,7 +69,9 @@ def at_rates():
 
 
 TABLES = {
-    "default": [Variant("`p1`, the default", "", tuple(range(10)))],
+    "default": [
+        Variant("`p1`, the default", "", tuple(range(10))),
+        Variant("trained with two threads", TWO_THREADS, EIGHT)],
     "learning rates": at_rates(),
     "definitions": [
         Variant("`p1`, the default", "", EIGHT),
@@ -95,26 +98,35 @@ def folder_of(seed, flags):
 
 
 def make_run(folder, seed, flags):
-    """Make one run, or continue it; nothing if it has ended. A base is made once per seed."""
+    """Make one run, or continue it; nothing if it has ended
+
+    Runs of one thread share their bases: each is made once per seed.
+    """
     out = folder / folder_of(seed, flags)
     if (out / "comparison.png").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
     for base in folder.glob(f"{seed}/*/base-*.pt"):
-        if not (out / base.name).exists():
+        alike = (base.parent.name == TWO_THREADS) == (flags == TWO_THREADS)
+        if alike and not (out / base.name).exists():
             shutil.copy(base, out)
     command = [sys.executable, "mask_grpo.py", "--device=cpu", f"--seed={seed}", f"--out={out}",
-               "--eval-every=27", *flags.split()]
+               "--eval-every=27"]
+    threads = "1"
+    if flags == TWO_THREADS:
+        threads = "2"
+    else:
+        command += flags.split()
     if (out / "checkpoint.pt").exists():
         command.append("--resume")
     print(f"seed {seed} {flags}", flush=True)
     with open(out / "log.txt", "a") as log:
-        subprocess.run(command, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        subprocess.run(command, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": threads},
                        stdout=log, stderr=log, check=True)
 
 
 def make_runs(folder, jobs="1"):
-    """Make all runs of TABLES, one thread each. The first that fails ends it, as Ctrl-C does."""
+    """Make all runs of TABLES. The first that fails ends it, as Ctrl-C does."""
     folder = pathlib.Path(folder).absolute()
     wanted = {}                                 # a dict, since it keeps the order
     for table in TABLES.values():
@@ -261,7 +273,7 @@ def hacking_row(variant, runs):
 def print_tables(path=HERE / "study.tar.xz"):
     """The tables of an archive or a folder"""
     runs = read_runs(path)
-    default, = TABLES["default"]
+    default, *repeated = TABLES["default"]
     mine = [runs[seed, default.flags] for seed in default.seeds]
     print(f"| seed | {' | '.join(str(seed) for seed in default.seeds)} | 0 to 7 |")
     for name in ("base", "trained", "on training captions", "seconds"):
@@ -269,6 +281,10 @@ def print_tables(path=HERE / "study.tar.xz"):
         values = [run[name] for run in mine]
         cells = [f"{value:.{digits}f}" for value in values]
         print(f"| {name} | {' | '.join(cells)} | {mean(values[:8], digits)} |")
+    for variant in repeated:
+        values = [runs[seed, variant.flags]["trained"] for seed in variant.seeds]
+        cells = [f"{value:.2f}" for value in values] + [""] * (len(mine) - len(values))
+        print(f"| {variant.title} | {' | '.join(cells)} | {mean(values)} |")
     for name, table in TABLES.items():
         if name == "hacking":
             print("| beta | seeds | reward: first | last update | right: base | best | last | KL |")
