@@ -261,7 +261,9 @@ def panel(image, left, title, world):
     """The share of right pictures over T, on a logarithmic axis, in one world"""
     draw = ImageDraw.Draw(image)
     times, rows = read_steps()
-    right, top, bottom = (left + 400, 130, 480)
+    right = left + 400
+    top = 130
+    bottom = 480
 
     def place(T, share):
         x = left + (right - left) * math.log(T / times[0]) / math.log(times[-1] / times[0])
