@@ -19,7 +19,7 @@ distribution at position i:
 As a decision process, the *state* is the prompt and the partly masked picture. The *action* is the
 set of draws at all masked positions. The *next state* keeps those that rank highest. There is one
 *reward*, for the finished picture. Many actions lead to the same next state, because the draws at
-positions 1 and 3 are discarded. GRPO needs the probability of a step. The paper has three
+positions 1 and 3 are discarded. GRPO needs the probability of a step. The paper compares three
 definitions (section 2). `ar` is the probability of the action, a product over all draws, like the
 likelihood of an autoregressive model. `p1` sums over all actions that lead to this next state.
 `p2` uses the revealed tokens only. One update:
@@ -28,15 +28,15 @@ likelihood of an autoregressive model. `p1` sums over all actions that lead to t
   2. Reward each picture. A filter discards groups whose rewards hardly differ, and others are
      sampled in their place. (sections 3, 5)
   3. Compute each picture's advantage A within its group, Eq. 12. (section 3)
-  4. Compute ratio = p(step) now / p(step) under the weights that sampled, Eq. 11. (section 2)
+  4. Compute ratio = p(step) now / p(step) under the weights that sampled, Eq. 11. (sections 2, 4)
   5. Maximise min(ratio A, clip(ratio) A), averaged over pictures and steps, minus an optional KL
      penalty against the base, the model before this training, Eq. 10. (section 4)
 
-With one optimizer step per update, and without the filter, the division by the std and the KL, this
-is REINFORCE with the group's mean as its baseline, in which the order of revealing gets no gradient
-of its own (section 2). The main deviation from the paper is the noise: `p1` is Eq. 14 with the
-sampler's noise, and a fourth definition, `p1_literal`, is Eq. 14 as printed. assets/paper.md lists
-the deviations.
+With one optimizer step per update, and without the filter, the division by the std and the KL, `ar`
+and `p1` are REINFORCE with the group's mean as its baseline, except that the order of revealing
+gets no gradient of its own (section 2). The main deviation from the paper is the noise: `p1` is
+Eq. 14 with the sampler's noise, and a fourth definition, `p1_literal`, is Eq. 14 as printed.
+assets/paper.md lists the deviations.
 
 Dims: B = P * G pictures of P prompts (captions), b of them in a batch, N image tokens, K codes, T
 steps, L length of the sequence (L_text for its text, L_null for the empty prompt), D hidden size,
@@ -102,9 +102,9 @@ bar = functools.partial(tqdm, disable=None, leave=False)    # progress; silent w
 def mask_schedule(T: int, N: int) -> list[int]:
     """Tokens still masked after each of T steps: floor(N cos(pi (t + 1) / (2 T))), 0 at the end
 
-    mask_schedule(4, 16) = [14, 11, 6, 0]. Each step reveals at least one token, so T > N is
-    refused. In float32, as in Show-o (section 8), cos(pi/3) is below 0.5, which lowers the floor by
-    1 at two thirds of the steps if N is even.
+    Where the cosine would reveal no token in a step, one is revealed, so T > N is refused.
+    mask_schedule(4, 16) = [14, 11, 6, 0]. In float32, as in Show-o (section 8), cos(pi/3) is below
+    0.5. So if N is even, the floor is lower by 1 at the step with (t + 1) / T = 2/3.
     """
     assert 1 <= T <= N, f"{T} steps: must be 1 to {N}, since each reveals at least one token"
     schedule = []
@@ -133,7 +133,7 @@ class Trajectory(typing.NamedTuple):
 def gumbel(shape, generator, device):
     """Standard Gumbel noise, -log E where E is exponential with mean 1 -> tensor of this shape"""
     noise = torch.empty(shape, device=device).exponential_(generator=generator)
-    return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0 would give inf; times 0, NaN
+    return noise.clamp_(1e-20, 1e20).log_().neg_()      # E = 0: inf, and 0 * inf is NaN
 
 
 @torch.no_grad()
@@ -177,9 +177,10 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
         noise = temperature_left * gumbel((B, N), generator, logp.device)   # (B, N)
         noisy_confidence = token_logp + noise                               # (B, N)
 
-        # of the masked positions, keep the n_t with the highest noisy confidence
+        # of the masked positions, keep the n with the highest noisy confidence
+        n = masked_before - masked_after
         candidates = noisy_confidence.masked_fill(revealed_at < t, -math.inf)       # (B, N)
-        keep = candidates.topk(masked_before - masked_after).indices        # (B, n_t)
+        keep = candidates.topk(n).indices                                   # (B, n)
         tokens = tokens.scatter(1, keep, drawn.gather(1, keep))
         revealed_at = revealed_at.scatter(1, keep, t)
         noises.append(noise)
@@ -189,14 +190,12 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The probability of a step. Step t reveals the positions U and masks the positions R again,
-#    although a code was drawn there, too. The noise does not depend on the weights, so it counts as
-#    part of the environment. It is recorded, and the probability is the one *given the noise*.
-#    With other noise, p1 would be another number (without any: .70 instead of .28 in the example
-#    below), and 0 where every code at a position of R would outrank U. The probability of a step is
-#    a product over positions, i in U and j in R:
+# 2. The probability of a step. Step t reveals the positions U (unmasked) and masks the positions R
+#    (remasked) again, although a code was drawn there, too. The noise does not depend on the
+#    weights, so it counts as part of the environment. It is recorded, and the probability is the
+#    one *given the noise*. It is a product over positions, i in U and j in R:
 #
-#        formula      factor for U  factor for R                           the probability of
+#        definition   factor for U  factor for R                           the probability of
 #        ar           p_i(y_i)      p_j(y_j) of the discarded draw         the action      (Eq. 13)
 #        p1           p_i(y_i)      the chance of ranking below all of U   the next state  (Eq. 14)
 #        p1_literal   p_i(y_i)      the same chance without the noise      (Eq. 14 as printed)
@@ -220,53 +219,61 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #        [b, MASK]    0                0                0            .3
 #        sum          1.00             1.00             1.00         2.0
 #
-#    p1 adds up the probabilities of all draws with one next state. Eq. 14 is right for a sampler
-#    without noise. Here it prefers [a, MASK], but the noise favours [MASK, a]. p2 is not a
-#    distribution over next states: the draws (a, a) count for both [a, MASK] and [MASK, a]. Each
-#    pair of draws counts twice, once for its left code and once for its right one.
+#    p1 adds up the probabilities of all draws that lead to one next state. It depends on the noise:
+#    [a, MASK] has .28 with it and .70 without. It is 0 for [b, MASK], because both codes on the
+#    right would outrank the b. Eq. 14 is right for a sampler without noise. Here it prefers
+#    [a, MASK], but the noise favours [MASK, a]. p2 is not a distribution over next states: the
+#    draws (a, a) count for both [a, MASK] and [MASK, a]. Each pair of draws counts twice, once for
+#    its left code and once for its right one.
 #
 #    For a given next state, the mean of grad log ar over the draws that lead to it is grad log p1
 #    (Rao-Blackwell; at fixed noise and at ratio 1). Take [a, MASK] without noise. Whatever is drawn
 #    on the right loses, so log p1 has gradient 0 with respect to the right logits. If a was drawn
-#    there (probability .6), the gradient of log ar is (.4, -.4). If b was drawn, it is (-.6, .6).
-#    The mean is 0, too. The reward depends on the next state, not on what was discarded. So `ar`
-#    raises or lowers discarded codes by chance, which adds variance to the gradient, but no bias.
+#    there (probability .6), the gradient of log ar is (.4, -.4), 1 for the drawn code and 0 for the
+#    other, minus their probabilities. If b was drawn, it is (-.6, .6). The mean is 0, too. The
+#    reward depends on the next state, not on what was discarded. So `ar` raises or lowers discarded
+#    codes by chance, which adds variance to the gradient, but no bias.
 #
 #    Averaged over all that can happen in a step, the gradients of log ar and log p1 are 0, because
 #    their probabilities sum to 1. The gradient of log p2 is not. Without noise, [a, MASK]
 #    contributes .7 * (.3, -.3) to the gradient of the left logits, and the next states that reveal
 #    the right contribute nothing. Subtracting the group's mean (section 3) removes this part. What
 #    remains is that p2 ignores R. Take the rewards 1 for [a, MASK], .3 for [MASK, a] and 0
-#    otherwise, .754 on average. The gradient of the left logit of a is .7 * .246 * .3 = .05 with
-#    p2. p1 adds what [MASK, a] and [MASK, b] say about the left, where they need a b:
-#    .18 * -.454 * -.7 + .12 * -.754 * -.7 = .12.
+#    otherwise, .754 on average. A next state contributes its probability times (reward - .754)
+#    times the gradient of its log-probability. For the left logit of a, p2 gives
+#    .7 * .246 * .3 = .05. p1 adds the next states [MASK, a] and [MASK, b], which need a b on the
+#    left: .18 * -.454 * -.7 + .12 * -.754 * -.7 = .12.
 #
-#    All definitions leave one thing out: the ranking depends on the weights, too. At fixed noise
-#    the winner changes abruptly, so the derivative is 0 almost everywhere. Averaged over the noise,
-#    the probability of a ranking is smooth and has a gradient. With the rewards above and Gumbel
-#    noise of scale .05, the expected reward has the gradient (.242, -.082) with respect to the
-#    logits of a (left, right): a more confident a on the right is kept more often, and is worth
-#    only .3. p1, and `ar` on average, give (.168, .016), with the wrong sign on the right. At scale
-#    2.62, that of the first of 8 steps, they are closer: (.128, .037) and (.108, .030). p1 is used
-#    nevertheless. It is the exact probability of the next state given the noise. An earlier version
-#    that integrated out the noise learned no better (assets/study.md). And training can still
-#    change the order, because confidence *is* log p: tokens of good pictures rank higher as they
-#    become more probable, and for A > 0 p1's factor for R lowers codes that would outrank U.
+#    No definition gives the whole gradient of the expected reward, because the ranking depends on
+#    the weights, too. At fixed noise the kept positions change abruptly, so this part has the
+#    derivative 0 almost everywhere. Averaged over the noise, the probability of a ranking is smooth
+#    and has a gradient. With the rewards above and Gumbel noise of scale .05, the expected reward
+#    has the gradient (.242, -.082) with respect to the logits of a (left, right): a more confident
+#    a on the right is kept more often, and is worth only .3. p1, and `ar` on average, give
+#    (.168, .016), with the wrong sign on the right. At scale 2.62, that of the first of 8 steps,
+#    they are closer: (.128, .037) and (.108, .030).
 #
-#    In the shapes world the difference between p1 and p2 cannot be told from 0, neither with right
-#    captions nor with half of them wrong. With right captions `ar` ends lower, and p1_literal at 0
-#    (assets/study.md). With wrong captions these two have not been run.
+#    p1 is used nevertheless, because it is the exact probability of the next state given the noise.
+#    An earlier version that integrated out the noise learned no better (its runs are not kept). And
+#    training can still change the order, because confidence *is* log p: tokens of good pictures
+#    rank higher as they become more probable, and for A > 0 p1's factor for R lowers codes that
+#    would outrank U.
+#
+#    In the shapes world, p1 and p2 cannot be told apart by the pictures that are right after
+#    training, either with right captions or with wrong ones. Why the part that p2 lacks does not
+#    show there was not examined. With right captions `ar` ends lower, and p1_literal at 0
+#    (assets/study.md).
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # replaces log p of codes that would not lose, so that a sum of none has a log
+FLOOR = -60.0       # in place of log 0, where no code would lose
 
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
     """log p(s_{t+1} | s_t), the log-probability of step t; `transition` is one of TRANSITIONS
 
     s_t is the picture before step t, and logits are the policy's for it. U is revealed_at == t, R
-    is revealed_at > t. noise: what the sampler added to the confidences of this step; None means no
-    noise. drawn: its draws, for `ar`.
+    is revealed_at > t. tokens: the picture after step t or any later one. noise: what the sampler
+    added to the confidences of this step; None means no noise. drawn: its draws, for `ar`.
     logits (B, N, K), tokens, revealed_at, noise, drawn (B, N), t int or (B,) -> (B,)
     """
     assert transition in TRANSITIONS, f"{transition!r}: must be one of {TRANSITIONS}"
@@ -282,7 +289,7 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
         token_logp = logp.gather(-1, drawn[..., None]).squeeze(-1)          # (B, N)
         return token_logp.masked_fill(revealed_at < t, 0).sum(-1)           # (B,)
 
-    token = tokens.masked_fill(~revealed, 0)            # (B, N) MASK (K) is not a valid index
+    token = tokens.masked_fill(~revealed, 0)            # (B, N) MASK (K) is not an index
     token_logp = logp.gather(-1, token[..., None]).squeeze(-1)              # (B, N)
     logp_revealed = token_logp.masked_fill(~revealed, 0).sum(-1)            # (B,)
     if transition == "p2":
@@ -294,23 +301,25 @@ def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, d
     if noise is None or transition == "p1_literal":
         noise = torch.zeros_like(token_logp)                                # (B, N)
     threshold = (token_logp + noise).masked_fill(~revealed, math.inf).amin(-1)      # (B,)
-    loses = logp + noise[..., None] < threshold[:, None, None]              # (B, N, K) bool
+    noisy = logp + noise[..., None]                                         # (B, N, K)
+    loses = noisy < threshold[:, None, None]                                # (B, N, K) bool
     logp_loses = logp.masked_fill(~loses, FLOOR).logsumexp(-1)              # (B, N)
     return logp_revealed + logp_loses.masked_fill(~remasked, 0).sum(-1)     # (B,)
 
 
-def replay_logprob(policy, prompt_ids, trajectory, b, t, transition):
-    """transition_logprob of recorded steps under a policy; pairs (b, t) may come in any order
+def replay_logprob(policy, prompt_ids, trajectory, pictures, steps, transition):
+    """transition_logprob of recorded steps under a policy; the pairs may come in any order
 
-    prompt_ids (B, L_text), pictures b (M,) long, their steps t (M,) long -> (M,)
+    prompt_ids (B, L_text); pictures, steps (M,) long, the pairs of a picture and a step -> (M,)
     """
-    tokens = trajectory.tokens[b]                                           # (M, N)
-    revealed_at = trajectory.revealed_at[b]                                 # (M, N)
-    state = tokens.masked_fill(revealed_at >= t[:, None], policy.codebook_size)     # (M, N)
-    logits = policy(prompt_ids[b], state)                                   # (M, N, K)
-    noise = trajectory.noise[b, t]                                          # (M, N)
-    drawn = trajectory.drawn[b, t]                                          # (M, N)
-    return transition_logprob(logits, tokens, revealed_at, t, transition, noise, drawn)
+    tokens = trajectory.tokens[pictures]                                    # (M, N)
+    revealed_at = trajectory.revealed_at[pictures]                          # (M, N)
+    masked = revealed_at >= steps[:, None]                                  # (M, N) bool
+    state = tokens.masked_fill(masked, policy.codebook_size)                # (M, N)
+    logits = policy(prompt_ids[pictures], state)                            # (M, N, K)
+    noise = trajectory.noise[pictures, steps]                               # (M, N)
+    drawn = trajectory.drawn[pictures, steps]                               # (M, N)
+    return transition_logprob(logits, tokens, revealed_at, steps, transition, noise, drawn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,10 +339,9 @@ def group_std(rewards):
 def group_advantage(rewards, divide_by_std=True, eps=1e-4):
     """(reward - mean) / std in each group, Eq. 12: [[1, 0, 0, 1]] -> [[.87, -.87, -.87, .87]]
 
-    Without the division (Dr. GRPO, arXiv 2503.20783), the update follows the gradient of the
-    expected reward, averaged over captions. With it, the gradient of each caption is divided by
-    about its std, so that tiny differences in reward count as much as large ones. eps keeps a std
-    of the size of rounding errors from doing so.
+    Without the division (Dr. GRPO, arXiv 2503.20783), all captions have the same weight. With it,
+    the gradient of each caption is divided by about its std, so that tiny differences in reward
+    count as much as large ones. eps keeps a std of the size of rounding errors from doing so.
     rewards (P, G) -> (P, G)
     """
     shifted = rewards - rewards[:, :1]          # (P, G) exactly 0 if all rewards are equal
@@ -346,13 +354,13 @@ def group_advantage(rewards, divide_by_std=True, eps=1e-4):
 class SampleFilter:
     """Says which groups to keep, those with a usable signal (section 3.3 of the paper)
 
-    A group vanishes if the std of its rewards is 0, or below a threshold: the `quantile` of the
-    last `window` stds. Until `at_least` stds have been recorded (two updates by default), and if
-    `quantile` is 0, every group is kept. A kept group of equal rewards does no harm: its gradient
-    is 0. Replacing it divides the expected gradient by the share of the other groups, and leaves
-    its direction as it is. Replacing groups of a small std above 0 also favours captions whose
-    rewards vary. If more than a `quantile` of the recorded stds are 0, the threshold is 0, and only
-    groups of equal rewards vanish.
+    Every group is kept until `at_least` stds have been recorded (two updates by default), and if
+    `quantile` is 0. After that a group vanishes if the std of its rewards is 0, or below a
+    threshold: the `quantile` of the last `window` stds. If more than a `quantile` of them are 0,
+    the threshold is 0, and only groups of equal rewards vanish. Keeping such a group would do no
+    harm, because its gradient is 0. Replacing it divides the expected gradient by the share of the
+    other groups, and leaves its direction as it is. Replacing groups of a small std above 0 also
+    favours captions whose rewards vary.
     """
 
     def __init__(self, quantile, at_least=32, window=512):
@@ -378,12 +386,13 @@ class SampleFilter:
 
 # A position of R at which no code would lose counts as FLOOR + log K, which is -56 for K = 34. When
 # the pictures are sampled, the drawn code itself loses, so with p1 this can happen only after the
-# weights have moved. p1_literal ignores the noise that made it lose. If logp_old has two such
-# positions and logp has none, the ratio is near exp(112), inf in float32. Beyond this limit the
-# gradient is 0, even for A < 0, where the ratio should be pushed down.
+# weights have moved. p1_literal ignores the noise that made it lose, so its logp_old can have such
+# positions. With two of them, and none in logp, the ratio is near exp(112), inf in float32. Beyond
+# this limit the gradient is 0, even for A < 0, where the ratio should be pushed down.
 MAX_LOG_RATIO = 20.0
-# The KL has a lower limit, because exp(20) would dominate every other gradient. In a later inner
-# epoch, a step can have a probability near 0. Its KL is then exp(5) - 6 = 142, and has no gradient.
+# The KL has a smaller limit, because exp(20) would dominate every other gradient. In a later inner
+# epoch, a step can have a probability near 0. Its KL is then cut to exp(5) - 6 = 142, and has no
+# gradient.
 # If p_ref is near 0 instead, the KL of a step may be 50, but its gradient is at most grad log p.
 MAX_KL_LOG_RATIO = 5.0
 
@@ -422,14 +431,14 @@ def kl_k3(logp, logp_ref):
 #    trained. Issue 198 of the repository flow_grpo recommends training without guidance, but with
 #    a KL. Without a KL, it reports, RL teaches the plain policy what guidance would add, and
 #    guidance on top of it in evaluation is too strong. The paper's settings, used for Show-o here,
-#    have no KL; if pictures become oversharp, evaluate with a smaller --guidance.
+#    have no KL; if pictures become too sharp, evaluate with a smaller --guidance.
 
 
 class Groups(typing.NamedTuple):
     """What an update learns from. Prompts and pictures are ordered group by group."""
     prompts: list[str]              # B
     trajectory: Trajectory          # of B pictures
-    rewards: torch.Tensor           # (P, G)   of the groups that were kept
+    rewards: torch.Tensor           # (P, G)   of the groups that were kept, P of them or fewer
     all_rewards: torch.Tensor       # (P', G)  of all P' groups that were sampled
 
 
@@ -478,7 +487,7 @@ def sample_groups(policy, reward_fn, captions, sample_filter, config, generator)
         rewards = reward.rate(reward_fn, pixels, prompts).view(missing, G)
 
         keep = sample_filter.keep(group_std(rewards))                       # (missing,) bool
-        pictures = torch.arange(missing * G).view(missing, G)[keep].flatten()       # (kept * G,)
+        pictures = torch.arange(missing * G).view(missing, G)[keep].flatten()       # those kept
         kept_prompts += [prompts[i] for i in pictures.tolist()]
         kept.append(select(trajectory, pictures.to(trajectory.tokens.device)))
         kept_rewards.append(rewards[keep])
@@ -520,7 +529,7 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
     trajectory = groups.trajectory
     prompt_ids = policy.encode(groups.prompts)                              # (B, L_text)
     B, T, _ = trajectory.noise.shape
-    pairs = choose_steps(B, T, config, generator)                           # (M, 2) b and t
+    pairs = choose_steps(B, T, config, generator)                           # (M, 2)
     # the mean of Eq. 10 is over all P groups; those still missing count as 0
     weight = 1 / (config.groups * config.group_size * (config.score_steps or T))
     logp_old = []
@@ -530,17 +539,18 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
             optimizer.zero_grad(set_to_none=True)
         parts = {"loss": [], "ratio": [], "clip": [], "kl": []}
         for i, chunk in enumerate(bar(pairs.split(config.micro_batch), "learning")):
-            b, t = chunk.unbind(1)                                          # (m,) each
-            logp = replay_logprob(policy, prompt_ids, trajectory, b, t, config.transition)
+            pictures, steps = chunk.unbind(1)                               # (m,) each
+            logp = replay_logprob(policy, prompt_ids, trajectory, pictures, steps,
+                                  config.transition)                        # (m,)
             if epoch == 0:      # the weights have not moved since sampling, so this is p_old
                 logp_old.append(logp.detach())
-            loss, details = grpo_loss(logp, logp_old[i], advantage[b],
+            loss, details = grpo_loss(logp, logp_old[i], advantage[pictures],
                                       config.clip_low, config.clip_high)    # (m,)
             kl = torch.zeros_like(loss)                                     # (m,)
             if reference is not None:
                 with torch.no_grad():
-                    logp_ref = replay_logprob(reference, prompt_ids, trajectory, b, t,
-                                              config.transition)            # (m,)
+                    logp_ref = replay_logprob(reference, prompt_ids, trajectory, pictures,
+                                              steps, config.transition)     # (m,)
                 kl = kl_k3(logp, logp_ref)                                  # (m,)
                 loss = loss + config.beta * kl
             (loss.sum() * weight).backward()
@@ -549,7 +559,7 @@ def learn(policy, reference, optimizer, groups, advantage, config, generator):
             parts["clip"].append(details["clip"])
             parts["kl"].append(kl.detach())
         means = {name: torch.cat(values).mean().item() for name, values in parts.items()}
-        means["loss"] *= len(pairs) * weight    # of all P groups, like the gradient
+        means["loss"] *= len(pairs) * weight    # sum * weight, of which the gradient was taken
         norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         means["grad"] = norm.item()             # before it was clipped
         if not math.isfinite(means["loss"] + means["grad"]):
@@ -609,7 +619,7 @@ def train(config: "Config"):
             # evaluate: the base, every `eval_every` updates, and the last
             done = len(rows)
             due = done % config.eval_every == 0 or done == config.updates
-            if due and state["latest"]["update"] != done:
+            if due and state["latest"]["update"] != done:           # not again after --resume
                 latest = evaluate(policy, measure, splits, config, done)
                 if done == 0:
                     state["base"] = latest
@@ -672,7 +682,7 @@ class Config:
     vq_model: str = "showlab/magvitv2"   # Show-o's image decoder: hub id, folder or file
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
-    reward: str = "shapes"          # shapes, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
+    reward: str = "shapes"          # correct, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
     measure: str = ""               # reward for evaluation; "": --reward, or correct for shapes
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings
@@ -683,7 +693,7 @@ class Config:
     width: int = 64                 # hidden size, a multiple of 16
     layers: int = 4                 # transformer blocks
     pretrain_steps: int = 2500      # steps of masked-token prediction before any RL
-    caption_noise: float = 0.0      # share of its pairs whose picture is that of another caption
+    caption_noise: float = 0.0      # share of its pairs whose picture is for a random caption
     # sampling
     steps: int = 8                  # T in training; fewer than --eval-steps is cheaper
     eval_steps: int = 8             # T in evaluation
@@ -885,8 +895,8 @@ class Policy(nn.Module):
 # 9. The shapes world: a small Phi, a decoder of tiles, and a base trained from scratch. The base is
 #    most confident about the background: 61% of a picture is revealed before an object gets its
 #    first tile, and 40% of the objects begin with several tiles in one step, drawn independently.
-#    After training it is 14% and 5% (assets/study.md). With 36 steps the same base draws one token
-#    at a time, and gets 91% of the pictures right instead of 29%.
+#    After training these are 14% and 5% (assets/study.md). With 36 steps the same base reveals one
+#    token at a time, and gets 91% of the pictures right instead of 29%.
 
 
 class PlacedEmbedding(nn.Embedding):
@@ -1294,8 +1304,8 @@ def try_out(policy, reward_fn, measure, splits, config):
 def evaluate(policy, measure, splits, config, update):
     """Measure pictures of fixed captions from fixed noise: only the weights can make a difference
 
-    splits: S dicts of C categories -> dict of `update`, the number of updates done, `scores`
-    (S, C, n) and `pictures` (S, C, 4, H, W, 3) uint8, the first four of each category
+    splits: S dicts of C categories. Returns a dict of `update`, the number of updates done,
+    `scores` (S, C, n) and `pictures` (S, C, 4, H, W, 3) uint8, the first four of each category.
     """
     n = config.eval_pictures
     prompts = []
@@ -1326,7 +1336,10 @@ COLUMNS = ("update", "reward", "reward_se", "live", "sampled", "ratio", "clip", 
 
 
 def summary(groups):
-    """What was sampled and kept in an update, for its row of metrics.csv -> dict"""
+    """What was sampled and kept in an update, for its row of metrics.csv -> dict
+
+    `live` counts the kept groups whose rewards differ, `sampled` all groups.
+    """
     means = groups.all_rewards.mean(1)                                          # (P',)
     error = ""                                  # a single group has none
     if len(means) > 1:
@@ -1383,7 +1396,7 @@ def save_checkpoint(path, config, splits, policy, optimizer, state):
 
 
 def read_checkpoint(path, mmap):
-    """A checkpoint -> dict; with mmap its tensors stay on the disk until they are used"""
+    """A checkpoint -> dict; with mmap its tensors stay on disk until they are used"""
     with blame(f"--resume: cannot read {path} with this version"):
         saved = torch.load(path, "cpu", weights_only=True, mmap=mmap)
         if "state" not in saved:
@@ -1393,7 +1406,7 @@ def read_checkpoint(path, mmap):
 
 
 def check_folder(config, checkpoint, splits):
-    """Refuse a new run where there is one, and a --resume that does not fit the run there"""
+    """Refuse a new run where one exists, and a --resume that does not fit the run there"""
     with blame(f"--out {config.out}"):          # it may be too long, or closed to this user
         try:
             exists = bool(checkpoint.stat())
@@ -1411,7 +1424,8 @@ def check_folder(config, checkpoint, splits):
                                  "start a new run with another --out")
         done = len(saved["state"]["rows"])
         if config.updates < done:
-            raise InputError(f"--updates {config.updates}: must be at least {done}, those done")
+            raise InputError(f"--updates {config.updates}: must be at least {done}, the "
+                             "number done")
         if saved["captions"] != splits:
             raise InputError(f"--prompts: the captions differ from those of {checkpoint}; restore "
                              "them, or start a new run with another --out")
@@ -1572,7 +1586,7 @@ def help_text():
             "checkpoint. --weights takes those named in OF_WEIGHTS, section 12, from a checkpoint.")
 
 
-# what a checkpoint that is given as --weights was trained and evaluated with
+# the settings that --weights takes over from a checkpoint, as defaults
 OF_WEIGHTS = ("width", "layers", "temperature", "eval_steps", "guidance")
 
 

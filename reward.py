@@ -6,8 +6,8 @@ number per picture, and larger is better. It sees neither tokens nor logits, so 
 policy.
 
 Sections 1 to 3 are the *shapes world*, in which a picture can be judged exactly. A picture is a
-lattice of 3 x 3 cells. Each cell has 2 x 2 tiles, so a picture has 6 x 6 tokens, and is empty or
-holds one object of one, two or four tiles. Captions ask for the six things that GenEval asks for
+lattice of 3 x 3 cells. Each cell has 2 x 2 tiles, and is empty or holds one object of one, two or
+four tiles. So a picture has 6 x 6 tokens. Captions ask for the six things that GenEval asks for
 (Ghosh et al., 2023): a single object, two objects, a count, a colour, a position, and colours bound
 to objects. No single token is difficult. The difficulty is that tokens must agree with each other,
 although tokens drawn in the same step are drawn independently.
@@ -46,7 +46,7 @@ TILE = 8                                            # pixels per side of a tile
 CELL = 2 * TILE                                     # pixels per side of a cell
 GRID = 2 * LATTICE                                  # tokens per side
 EMPTY = -1                                          # a cell that holds nothing,
-BROKEN = -2                                         # or something that is no object
+BROKEN = -2                                         # or something that is not an object
 
 
 def draw_object(shape, color):
@@ -59,7 +59,7 @@ def draw_object(shape, color):
         angle = 2 * math.pi * i / corners       # clockwise from the top
         if shape == "star" and i % 2 == 1:      # its inner corners
             radius = 0.2 * size
-        if shape == "rectangle":                # a square on its side, which is then flattened
+        if shape == "rectangle":                # an upright square, which is then flattened
             radius = 0.62 * size
             angle += math.pi / 4
         points.append((radius * math.sin(angle), -radius * math.cos(angle)))
@@ -113,7 +113,7 @@ CODEBOOK_SIZE = len(TILES)
 NUMBERS = {"two": 2, "three": 3}
 # how to get from the first object to the second: (rows down, columns to the right)
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
-# the categories and their shares in pretraining: more of what the base learns most slowly
+# the categories and their weights in pretraining: more of what the base learns most slowly
 CATEGORIES = {"single": 1, "two": 2, "counting": 2, "color": 1, "position": 6, "attribution": 3}
 
 
@@ -230,8 +230,9 @@ def draw_scene(caption, rng: random.Random):
 def draw_pairs(n, rng: random.Random, caption_noise=0.0):
     """n captions from both splits, and a picture for each -> list of str, (n, N) long
 
-    The picture is a correct one, except that a share `caption_noise` is drawn for another caption
-    of the same category, chosen at random: as in data from the web, captions may be wrong.
+    The picture is a correct one, except that a share `caption_noise` is drawn for a random caption
+    of the same category: as in data from the web, captions may be wrong. Some of these pictures fit
+    by chance. With a share of 0.5, 46% of all captions are wrong.
     """
     training = captions(heldout=False)
     heldout = captions(heldout=True)

@@ -214,7 +214,8 @@ def fixed(kept, count):
 def unmasking():
     """Two captions, each by the base and by the trained policy, step by step -> list of Image
 
-    The first frame is all MASK, and the last says which pictures are right.
+    The first frame has the finished pictures and says which are right, because some viewers show
+    no other. The second is all MASK.
     """
     kept = read_pictures()
     chosen = fixed(kept, 2)
@@ -242,7 +243,7 @@ def unmasking():
         draw.rectangle((240, 370, 240 + 740, 398), outline="gray")
         draw.rectangle((240, 370, 240 + 740 * t / steps, 398), "gray")
         frames.append(image)
-    return frames
+    return frames[-1:] + frames[:-1]
 
 
 def read_steps():
@@ -428,9 +429,9 @@ NEEDED = {"changes.txt": "assets/study.py changes prints it",
 
 
 def save(figure, path):
-    """Write an Image, or a list of them as a GIF that shows each for 0.5 s, the last for 3 s"""
+    """Write an Image, or a list of them as a GIF that shows each for 0.5 s, the first for 3 s"""
     if isinstance(figure, list):
-        durations = [500] * (len(figure) - 1) + [3000]
+        durations = [3000] + [500] * (len(figure) - 1)
         figure[0].save(path, save_all=True, append_images=figure[1:], duration=durations, loop=0,
                        optimize=True)
     else:

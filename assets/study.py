@@ -45,26 +45,30 @@ class Variant(typing.NamedTuple):
     seeds: tuple                    # the seeds that were run
 
 
-HALF = "--caption-noise=0.5"                    # the world in which half of the captions are wrong
+HALF = "--caption-noise=0.5"                    # the world of wrong captions
 TWO_THREADS = "two threads"                     # in place of flags: the default, with two threads
+SECOND = "second machine"                       # before the flags: what was run there once more
 HACKING = "--reward=assets.study:recall --measure=correct"
 THREE = (0, 1, 2)
-FIVE = (0, 1, 2, 3, 4)
 EIGHT = tuple(range(8))
 FRESH = (3, 4, 5, 6, 7)                         # no learning rate was chosen on these seeds
 
 
-def at_rates():
-    """Each definition at each learning rate, three seeds each -> list of Variant"""
+def at_rates(start=""):
+    """Each definition at each learning rate, three seeds each -> list of Variant
+
+    start: the flags that all have in common
+    """
     rows = []
     for definition in ("p1", "p2", "ar"):
         for lr in ("5e-4", "1.5e-3", "4.5e-3"):
-            flags = []                          # those that are defaults are left out
-            if definition != "p1":
+            flags = [start]
+            if definition != "p1":              # those that are defaults are left out
                 flags.append(f"--transition={definition}")
             if lr != "1.5e-3":
                 flags.append(f"--lr={lr}")
-            rows.append(Variant(f"`{definition}`, {lr}", " ".join(flags), THREE))
+            title = f"`{definition}`, {lr}"
+            rows.append(Variant(title, " ".join(flags).strip(), THREE))
     return rows
 
 
@@ -79,17 +83,46 @@ TABLES = {
         Variant("`ar`", "--transition=ar", THREE),
         Variant("`p1_literal`", "--transition=p1_literal", THREE),
         Variant("`p2`, seeds 3 to 7", "--transition=p2", FRESH)],
+    "learning rates, noisy captions": at_rates(f"{SECOND} {HALF}"),
     "noisy captions": [
-        Variant("`p1`", HALF, FIVE),
-        Variant("`p2`", f"{HALF} --transition=p2", FIVE)],
+        Variant("`p1`, wrong captions", HALF, EIGHT),
+        Variant("`p2`, wrong captions", f"{HALF} --transition=p2", EIGHT),
+        Variant("the same, seeds 3 to 7", f"{HALF} --transition=p2", FRESH)],
+    "ranking noise": [
+        Variant("the default, 3", "", THREE),
+        Variant("none", "--temperature=0", THREE),
+        Variant("48", "--temperature=48", THREE)],
+    "ranking noise 1": [
+        Variant("`p1`", "--temperature=1", THREE),
+        Variant("`p1_literal`", "--temperature=1 --transition=p1_literal", THREE)],
+    "other numbers of steps": [
+        Variant("12", "--steps=12 --eval-steps=12", THREE),
+        Variant("8, the default", SECOND, THREE),
+        Variant("6", "--steps=6 --eval-steps=6", THREE),
+        Variant("4", "--steps=4 --eval-steps=4", THREE)],
     "other settings": [
-        Variant("no noise in the ranking", "--temperature=0", THREE),
-        Variant("16 times the noise", "--temperature=48", THREE)],
+        Variant("the default", SECOND, THREE),
+        Variant("KL, beta 0.01", "--beta=0.01", THREE),
+        Variant("KL, beta 0.1", "--beta=0.1", THREE),
+        Variant("no filter, 110 updates", "--filter-quantile=0 --updates=110", THREE),
+        Variant("not divided by the std", "--no-divide-by-std", THREE),
+        Variant("two inner epochs", "--inner-epochs=2", THREE),
+        Variant("loss on 4 random steps", "--score-steps=4", THREE),
+        Variant("loss on the first 4 steps", "--score-steps=4 --reduction=first", THREE),
+        Variant("loss on the last 4 steps", "--score-steps=4 --reduction=last", THREE),
+        Variant("trained with 4 of 8 steps", "--steps=4", THREE)],
     "hacking": [
-        Variant("0", HACKING, (0, 1)),
-        Variant("0.1", f"{HACKING} --beta=0.1", (0, 1)),
-        Variant("1", f"{HACKING} --beta=1", (0, 1))],
+        Variant("0", HACKING, THREE),
+        Variant("0.1", f"{HACKING} --beta=0.1", THREE),
+        Variant("1", f"{HACKING} --beta=1", THREE)],
 }
+COMPARED = {                                    # flags that the other rows differ from; "": default
+    "learning rates, noisy captions": f"{SECOND} {HALF}",
+    "noisy captions": HALF,
+    "ranking noise 1": "--temperature=1",
+    "other numbers of steps": SECOND,
+    "other settings": SECOND}
+SPEED = ("definitions", "noisy captions")       # tables with a comparison of speed
 
 
 def folder_of(seed, flags):
@@ -98,7 +131,7 @@ def folder_of(seed, flags):
 
 
 def make_run(folder, seed, flags):
-    """Make one run, or continue it; nothing if it has ended
+    """Make one run, or continue it; do nothing if it is finished
 
     Runs of one thread share their bases: each is made once per seed.
     """
@@ -116,7 +149,7 @@ def make_run(folder, seed, flags):
     if flags == TWO_THREADS:
         threads = "2"
     else:
-        command += flags.split()
+        command += flags.removeprefix(SECOND).split()
     if (out / "checkpoint.pt").exists():
         command.append("--resume")
     print(f"seed {seed} {flags}", flush=True)
@@ -126,7 +159,7 @@ def make_run(folder, seed, flags):
 
 
 def make_runs(folder, jobs="1"):
-    """Make all runs of TABLES. The first that fails ends it, as Ctrl-C does."""
+    """Make all runs of TABLES. The first failure ends it, as Ctrl-C does."""
     folder = pathlib.Path(folder).absolute()
     wanted = {}                                 # a dict, since it keeps the order
     for table in TABLES.values():
@@ -201,7 +234,7 @@ def read_runs(path=HERE / "study.tar.xz"):
 
 
 def summary(rows, log):
-    """What the tables show of a run, of its rows and its log -> dict"""
+    """What the tables show of a run, from its rows and its log -> dict"""
     scores = {}                                 # (update, split) -> the share of right pictures
     for line in log:
         found = re.match(r"(?:base|update (\d+)) (training|held-out) (\.\d+|1\.\d+)", line)
@@ -212,6 +245,7 @@ def summary(rows, log):
         "rows": rows, "scores": scores,
         "base": scores[0, "held-out"], "trained": scores[last, "held-out"],
         "on training captions": scores[last, "training"],
+        "reward": statistics.mean(float(row["reward"]) for row in rows),
         "grad": float(rows[0]["grad"]),
         "groups": sum(int(row["sampled"]) for row in rows),
         "seconds": sum(float(row["seconds"]) for row in rows)}
@@ -247,6 +281,16 @@ def row(variant, runs, compared):
         cells[-1] = difference(trained, others)
     for name, digits in (("grad", 2), ("groups", 0), ("seconds", 0)):
         cells.append(f"{statistics.mean(run[name] for run in mine):.{digits}f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def speed_row(variant, runs, compared):
+    """A row of the table of speed: the training reward, averaged over all updates"""
+    rewards = [runs[seed, variant.flags]["reward"] for seed in variant.seeds]
+    others = [runs[seed, compared]["reward"] for seed in variant.seeds]
+    cells = [variant.title, str(len(rewards)), mean(rewards, 3), ""]
+    if variant.flags != compared:
+        cells[-1] = difference(rewards, others)
     return f"| {' | '.join(cells)} |"
 
 
@@ -294,11 +338,12 @@ def print_tables(path=HERE / "study.tar.xz"):
                 print(hacking_row(variant, runs))
         elif name != "default":
             print(f"| {name} | seeds | base | trained | difference | gradient | groups | seconds |")
-            compared = HALF if name.startswith("noisy") else default.flags
-            if compared not in [variant.flags for variant in table]:
-                print(row(default._replace(seeds=table[0].seeds), runs, compared))
             for variant in table:
-                print(row(variant, runs, compared))
+                print(row(variant, runs, COMPARED.get(name, default.flags)))
+    print("| speed | seeds | reward over all updates | difference |")
+    for name in SPEED:
+        for variant in TABLES[name]:
+            print(speed_row(variant, runs, COMPARED.get(name, default.flags)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +352,7 @@ def print_tables(path=HERE / "study.tar.xz"):
 SIDE = reward.LATTICE
 MEASURES = {
     "held-out pictures that are right, %": "right",
-    "objects whose first step draws more than one tile, %": "blind",
+    "objects whose first step reveals more than one tile, %": "blind",
     "revealed before the first tile of an object, % of the picture": "first",
     "revealed before the last tile of an object, % of the picture": "last",
     "distinct pictures, % of those sampled": "distinct",
@@ -459,7 +504,7 @@ def right_percent(images, captions):
 
 
 def print_steps(runs):
-    """The share of right held-out pictures at each of TIMES; a base that runs share only once"""
+    """The share of right held-out pictures at each of TIMES; a base that runs share appears once"""
     print(f"| run, %, at T = | {' | '.join(str(T) for T in TIMES)} |")
     print("|---" * (len(TIMES) + 1) + "|")
     bases = set()
@@ -482,13 +527,13 @@ def print_steps(runs):
 
 # --------------------------------------------------------------------------------------------------
 # Rivals of training: ways to sample from the *untrained* base in eight steps that get more pictures
-# right. Each is chosen by pictures of training captions, and then measured as in evaluation, on
+# right. Each is chosen on pictures of training captions, and then measured as in evaluation, on
 # held-out captions.
 #
 #   noise      the best of NOISES as the scale of the ranking noise; with the largest, the order of
-#              the first steps is nearly left to chance
+#              the first steps is almost random
 #   schedule   the best schedule and noise that hill climbs find
-#   objects    an order of revealing made for this world: whatever is no background ranks first
+#   objects    an order of revealing made for this world: whatever is not background ranks first
 
 STEPS = 8
 NOISES = (0, 1.5, 3, 6, 12, 24, 48, 96)
@@ -499,7 +544,7 @@ FINAL = {"seeds": (2000, 2001), "pictures": 48}             # and the last compa
 
 
 def schedules_at_first(N, rng):
-    """The schedules from which the climbs begin: the cosine, linear, two by hand, one by chance"""
+    """The schedules from which the climbs begin: the cosine, linear, two by hand, one at random"""
     linear = [N - N * (t + 1) // STEPS for t in range(STEPS)]
     chance = sorted(rng.sample(range(1, N), STEPS - 1), reverse=True) + [0]
     return [mask_grpo.mask_schedule(STEPS, N), linear, *BY_HAND, chance]
@@ -555,26 +600,42 @@ def climb(policy, split, config, schedule, noise, rng):
     return schedule, noise
 
 
-def best_schedule(policy, split, config):
-    """The best scale of the noise at the cosine, and the best schedule with its noise
+def best_of(ways, share_of):
+    """The way with the highest share; the first of those that are equal"""
+    shares = [share_of(*way) for way in ways]
+    return ways[shares.index(max(shares))]
 
-    Ends of the climbs and their starts are compared once more, with other draws. -> float, (list,
-    float)
+
+def best_noise(policy, split, config):
+    """The best of NOISES at the cosine schedule -> float"""
+    cosine = mask_grpo.mask_schedule(STEPS, policy.num_tokens)
+
+    def share_of(noise):
+        return right_of(policy, split, config, cosine, noise, **SEARCH)
+
+    return best_of([(noise,) for noise in NOISES], share_of)[0]
+
+
+def best_schedule(policy, split, config, noise):
+    """The best schedule, and the best scale of the noise with it -> list, float
+
+    The climbs begin with `noise`. Their starts and ends are compared once more, with other draws.
     """
     rng = random.Random(0)
     starts = schedules_at_first(policy.num_tokens, rng)
-    shares = [right_of(policy, split, config, starts[0], scale, **SEARCH) for scale in NOISES]
-    noise = NOISES[shares.index(max(shares))]
     candidates = [(schedule, noise) for schedule in starts]
     for schedule in starts:
         candidates.append(climb(policy, split, config, schedule, noise, rng))
-    shares = [right_of(policy, split, config, *candidate, **FINAL) for candidate in candidates]
-    return noise, candidates[shares.index(max(shares))]
+
+    def share_of(schedule, noise):
+        return right_of(policy, split, config, schedule, noise, **FINAL)
+
+    return best_of(candidates, share_of)
 
 
 @torch.no_grad()
 def objects_first(policy, prompts, schedule, noise, generator):
-    """A sampler like mask_grpo.rollout, in which draws that are no background rank first
+    """A sampler like mask_grpo.rollout, in which draws that are not background rank first
 
     It knows that code 0 is the background. -> tokens (B, N)
     """
@@ -606,42 +667,59 @@ def share_objects_first(policy, split, config, schedule, noise):
     return (reward.shapes_correct(images, prompts) == 1).double().mean().item()
 
 
+def best_objects_first(policy, split, config):
+    """For objects_first, the best of the first schedules, each with two scales of the noise"""
+    starts = schedules_at_first(policy.num_tokens, random.Random(0))
+
+    def share_of(schedule, noise):
+        return share_objects_first(policy, split, config, schedule, noise)
+
+    return best_of(list(itertools.product(starts, (3, 12))), share_of)
+
+
+def share_held_out(policy, splits, config, noise, schedule=None):
+    """The share of right held-out pictures with other noise, and another schedule, as text"""
+    changed = dataclasses.replace(config, temperature=noise)
+    schedule = schedule or mask_grpo.mask_schedule(STEPS, policy.num_tokens)
+    _, captions, images = with_schedule(schedule, sampled, policy, splits, changed, STEPS)
+    return right_percent(images, captions)
+
+
+def rivals(policy, splits, config):
+    """What the rivals are for a base, and how many held-out pictures they get right -> dict"""
+    shuffled = {}                               # a search sees the first captions only
+    for category, texts in splits[0].items():
+        shuffled[category] = random.Random(0).sample(texts, len(texts))
+    noise = best_noise(policy, shuffled, config)
+    schedule, its_noise = best_schedule(policy, shuffled, config, noise)
+    by_objects = best_objects_first(policy, shuffled, config)
+    share_by_objects = share_objects_first(policy, splits[1], config, *by_objects)
+    return {
+        "noise": share_held_out(policy, splits, config, noise),
+        "schedule": share_held_out(policy, splits, config, its_noise, schedule),
+        "objects first": f"{100 * share_by_objects:.0f}",
+        "the noise": f"{noise:g}",
+        "the schedule": " ".join(map(str, schedule)),
+        "its noise": f"{its_noise:g}"}
+
+
 def print_schedules(runs):
     """The rivals for the base of each run, in percent of right held-out pictures"""
     titles = ("run", "base", "noise", "schedule", "objects first", "trained", "the noise",
               "the schedule", "its noise")
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for run in runs:
-        found = {}
+        cells = {}
         for name, policy, config, splits in policies(run):
             if config.eval_steps != STEPS:
-                sys.exit(f"{run} samples in {config.eval_steps} steps, and schedules have {STEPS}")
-            _, captions, images = sampled(policy, splits, config, STEPS)
-            found[name] = right_percent(images, captions)
-            if name == "trained":
-                continue
-            shuffled = {}                       # a search sees the first captions only
-            for category, texts in splits[0].items():
-                shuffled[category] = random.Random(0).sample(texts, len(texts))
-            noise, (schedule, its_noise) = best_schedule(policy, shuffled, config)
-            changed = dataclasses.replace(config, temperature=noise)
-            _, captions, images = sampled(policy, splits, changed, STEPS)
-            found["noise"] = right_percent(images, captions)
-            changed = dataclasses.replace(config, temperature=its_noise)
-            _, captions, images = with_schedule(schedule, sampled, policy, splits, changed, STEPS)
-            found["schedule"] = right_percent(images, captions)
-
-            starts = schedules_at_first(policy.num_tokens, random.Random(0))
-            ways = list(itertools.product(starts, (3, 12)))         # with two scales of the noise
-            shares = [share_objects_first(policy, shuffled, config, *way) for way in ways]
-            best = ways[shares.index(max(shares))]
-            found["objects"] = 100 * share_objects_first(policy, splits[1], config, *best)
-        title = f"seed {config.seed}"
+                sys.exit(f"{run} samples in {config.eval_steps} steps, but schedules have {STEPS}")
+            cells[name] = share_held_out(policy, splits, config, config.temperature)
+            if name == "base":
+                cells |= rivals(policy, splits, config)
+        cells["run"] = f"seed {config.seed}"
         if config.caption_noise > 0:
-            title += f", captions wrong {config.caption_noise:g}"
-        print(f"| {title} | {found['base']} | {found['noise']} | {found['schedule']} | "
-              f"{found['objects']:.0f} | {found['trained']} | {noise:g} | "
-              f"{' '.join(map(str, schedule))} | {its_noise:g} |", flush=True)
+            cells["run"] += f", captions wrong {config.caption_noise:g}"
+        print(f"| {' | '.join(cells[title] for title in titles)} |", flush=True)
 
 
 COMMANDS = {"runs": make_runs, "tables": print_tables}
