@@ -265,7 +265,7 @@ def rollout(policy, prompt_ids, steps, temperature=1.0, guidance=0.0, null_ids=N
 #    (assets/study.md).
 
 TRANSITIONS = ("p1", "p1_literal", "p2", "ar")
-FLOOR = -60.0       # in place of log 0, where no code would lose
+FLOOR = -60.0       # replaces log p of codes that would not lose, so that no sum is empty
 
 
 def transition_logprob(logits, tokens, revealed_at, t, transition, noise=None, drawn=None):
@@ -682,7 +682,7 @@ class Config:
     vq_model: str = "showlab/magvitv2"   # Show-o's image decoder: hub id, folder or file
     weights: str = ""               # other weights for the policy: file, folder, hub id[/FILE]
     prompts: str = ""               # captions (.txt, .json, .jsonl); a tenth is held out
-    reward: str = "shapes"          # correct, clip[:MODEL:TAG], hpsv2, pickscore, MODULE:FUNCTION
+    reward: str = "shapes"          # correct, clip[:MODEL:TAG], hpsv2, pickscore or MODULE:FUNCTION
     measure: str = ""               # reward for evaluation; "": --reward, or correct for shapes
     out: str = "out"                # folder for checkpoint, metrics.csv and pictures
     resume: bool = False            # continue the run in --out, with its settings

@@ -3150,7 +3150,7 @@ def test_the_study_runs_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     tables = {"default": [default, again], "parts": [other], "repeated": [second]}
     monkeypatch.setitem(shared, "TABLES", tables)
     monkeypatch.setitem(shared, "COMPARED", {"repeated": other.flags})
-    monkeypatch.setitem(shared, "SPEED", ["parts"])
+    monkeypatch.setitem(shared, "SPEED", {small: [other]})
     monkeypatch.setitem(shared, "TIMES", (1, 8))
     monkeypatch.setitem(shared, "TRIALS", 2)
     for name in ("SEARCH", "FINAL"):

@@ -56,7 +56,7 @@ SMOOTH = 5                                      # updates in the running mean
 RUNS = {"trained": "", "hacked": study.HACKING, "weak KL": f"{study.HACKING} --beta=0.1",
         "strong KL": f"{study.HACKING} --beta=1"}
 # shares of right pictures over T: a panel for each world
-PANELS = (("captions right in pretraining", ""), ("half of them wrong", ", captions wrong 0.5"))
+PANELS = (("captions right in pretraining", ""), ("46% of them wrong", ", captions wrong 0.5"))
 POLICIES = {"base": (110, 110, 110), "trained": (31, 95, 180)}
 
 

@@ -45,9 +45,9 @@ class Variant(typing.NamedTuple):
     seeds: tuple                    # the seeds that were run
 
 
-HALF = "--caption-noise=0.5"                    # the world of wrong captions
+HALF = "--caption-noise=0.5"                    # 46% of the captions are wrong
 TWO_THREADS = "two threads"                     # in place of flags: the default, with two threads
-SECOND = "second machine"                       # before the flags: what was run there once more
+SECOND = "second machine"                       # before the flags: runs that are kept apart
 HACKING = "--reward=assets.study:recall --measure=correct"
 THREE = (0, 1, 2)
 EIGHT = tuple(range(8))
@@ -122,7 +122,12 @@ COMPARED = {                                    # flags that the other rows diff
     "ranking noise 1": "--temperature=1",
     "other numbers of steps": SECOND,
     "other settings": SECOND}
-SPEED = ("definitions", "noisy captions")       # tables with a comparison of speed
+SPEED = {                                       # comparisons of speed, with the flags above
+    "": TABLES["definitions"],
+    HALF: TABLES["noisy captions"],
+    f"{SECOND} {HALF}": [
+        Variant("`p1`, wrong captions, second machine", f"{SECOND} {HALF}", THREE),
+        Variant("`p2`, wrong captions, second machine", f"{SECOND} {HALF} --transition=p2", THREE)]}
 
 
 def folder_of(seed, flags):
@@ -341,9 +346,9 @@ def print_tables(path=HERE / "study.tar.xz"):
             for variant in table:
                 print(row(variant, runs, COMPARED.get(name, default.flags)))
     print("| speed | seeds | reward over all updates | difference |")
-    for name in SPEED:
-        for variant in TABLES[name]:
-            print(speed_row(variant, runs, COMPARED.get(name, default.flags)))
+    for compared, table in SPEED.items():
+        for variant in table:
+            print(speed_row(variant, runs, compared))
 
 
 # --------------------------------------------------------------------------------------------------
