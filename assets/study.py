@@ -75,7 +75,7 @@ def at_rates(start=""):
 TABLES = {
     "default": [
         Variant("`p1`, the default", "", tuple(range(10))),
-        Variant("trained with two threads", TWO_THREADS, EIGHT)],
+        Variant("trained with two threads", TWO_THREADS, tuple(range(10)))],
     "learning rates": at_rates(),
     "definitions": [
         Variant("`p1`, the default", "", EIGHT),
@@ -334,8 +334,8 @@ def print_tables(path=HERE / "study.tar.xz"):
         print(f"| {name} | {' | '.join(cells)} | {mean(values[:8], digits)} |")
     for variant in repeated:
         values = [runs[seed, variant.flags]["trained"] for seed in variant.seeds]
-        cells = [f"{value:.2f}" for value in values] + [""] * (len(mine) - len(values))
-        print(f"| {variant.title} | {' | '.join(cells)} | {mean(values)} |")
+        cells = [f"{value:.2f}" for value in values]
+        print(f"| {variant.title} | {' | '.join(cells)} | {mean(values[:8])} |")
     for name, table in TABLES.items():
         if name == "hacking":
             print("| beta | seeds | reward: first | last update | right: base | best | last | KL |")
