@@ -45,7 +45,7 @@ class Variant(typing.NamedTuple):
     seeds: tuple                    # the seeds that were run
 
 
-HALF = "--caption-noise=0.5"                    # 46% of the captions are wrong
+NOISY = "--caption-noise=0.5"                   # 46% of the captions are wrong
 TWO_THREADS = "two threads"                     # in place of flags: the default, with two threads
 SECOND = "second machine"                       # before the flags: runs that are kept apart
 HACKING = "--reward=assets.study:recall --measure=correct"
@@ -62,13 +62,14 @@ def at_rates(start=""):
     rows = []
     for definition in ("p1", "p2", "ar"):
         for lr in ("5e-4", "1.5e-3", "4.5e-3"):
-            flags = [start]
+            flags = []
+            if start:
+                flags.append(start)
             if definition != "p1":              # those that are defaults are left out
                 flags.append(f"--transition={definition}")
             if lr != "1.5e-3":
                 flags.append(f"--lr={lr}")
-            title = f"`{definition}`, {lr}"
-            rows.append(Variant(title, " ".join(flags).strip(), THREE))
+            rows.append(Variant(f"`{definition}`, {lr}", " ".join(flags), THREE))
     return rows
 
 
@@ -83,11 +84,11 @@ TABLES = {
         Variant("`ar`", "--transition=ar", THREE),
         Variant("`p1_literal`", "--transition=p1_literal", THREE),
         Variant("`p2`, seeds 3 to 7", "--transition=p2", FRESH)],
-    "learning rates, noisy captions": at_rates(f"{SECOND} {HALF}"),
+    "learning rates, noisy captions": at_rates(f"{SECOND} {NOISY}"),
     "noisy captions": [
-        Variant("`p1`, wrong captions", HALF, EIGHT),
-        Variant("`p2`, wrong captions", f"{HALF} --transition=p2", EIGHT),
-        Variant("the same, seeds 3 to 7", f"{HALF} --transition=p2", FRESH)],
+        Variant("`p1`, wrong captions", NOISY, EIGHT),
+        Variant("`p2`, wrong captions", f"{NOISY} --transition=p2", EIGHT),
+        Variant("the same, seeds 3 to 7", f"{NOISY} --transition=p2", FRESH)],
     "ranking noise": [
         Variant("the default, 3", "", THREE),
         Variant("none", "--temperature=0", THREE),
@@ -117,17 +118,18 @@ TABLES = {
         Variant("1", f"{HACKING} --beta=1", THREE)],
 }
 COMPARED = {                                    # flags that the other rows differ from; "": default
-    "learning rates, noisy captions": f"{SECOND} {HALF}",
-    "noisy captions": HALF,
+    "learning rates, noisy captions": f"{SECOND} {NOISY}",
+    "noisy captions": NOISY,
     "ranking noise 1": "--temperature=1",
     "other numbers of steps": SECOND,
     "other settings": SECOND}
 SPEED = {                                       # comparisons of speed, with the flags above
     "": TABLES["definitions"],
-    HALF: TABLES["noisy captions"],
-    f"{SECOND} {HALF}": [
-        Variant("`p1`, wrong captions, second machine", f"{SECOND} {HALF}", THREE),
-        Variant("`p2`, wrong captions, second machine", f"{SECOND} {HALF} --transition=p2", THREE)]}
+    NOISY: TABLES["noisy captions"],
+    f"{SECOND} {NOISY}": [
+        Variant("`p1`, wrong captions, second machine", f"{SECOND} {NOISY}", THREE),
+        Variant("`p2`, wrong captions, second machine",
+                f"{SECOND} {NOISY} --transition=p2", THREE)]}
 
 
 def folder_of(seed, flags):
@@ -607,7 +609,7 @@ def climb(policy, split, config, schedule, noise, rng):
 
 def best_of(ways, share_of):
     """The way with the highest share; the first of those that are equal"""
-    shares = [share_of(*way) for way in ways]
+    shares = [share_of(way) for way in ways]
     return ways[shares.index(max(shares))]
 
 
@@ -618,7 +620,7 @@ def best_noise(policy, split, config):
     def share_of(noise):
         return right_of(policy, split, config, cosine, noise, **SEARCH)
 
-    return best_of([(noise,) for noise in NOISES], share_of)[0]
+    return best_of(NOISES, share_of)
 
 
 def best_schedule(policy, split, config, noise):
@@ -632,7 +634,8 @@ def best_schedule(policy, split, config, noise):
     for schedule in starts:
         candidates.append(climb(policy, split, config, schedule, noise, rng))
 
-    def share_of(schedule, noise):
+    def share_of(candidate):
+        schedule, noise = candidate
         return right_of(policy, split, config, schedule, noise, **FINAL)
 
     return best_of(candidates, share_of)
@@ -676,7 +679,8 @@ def best_objects_first(policy, split, config):
     """For objects_first, the best of the first schedules, each with two scales of the noise"""
     starts = schedules_at_first(policy.num_tokens, random.Random(0))
 
-    def share_of(schedule, noise):
+    def share_of(candidate):
+        schedule, noise = candidate
         return share_objects_first(policy, split, config, schedule, noise)
 
     return best_of(list(itertools.product(starts, (3, 12))), share_of)
@@ -685,7 +689,8 @@ def best_objects_first(policy, split, config):
 def share_held_out(policy, splits, config, noise, schedule=None):
     """The share of right held-out pictures with other noise, and another schedule, as text"""
     changed = dataclasses.replace(config, temperature=noise)
-    schedule = schedule or mask_grpo.mask_schedule(STEPS, policy.num_tokens)
+    if schedule is None:
+        schedule = mask_grpo.mask_schedule(STEPS, policy.num_tokens)
     _, captions, images = with_schedule(schedule, sampled, policy, splits, changed, STEPS)
     return right_percent(images, captions)
 
